@@ -1,0 +1,29 @@
+// Launching kernels from the host: errors become exceptions, shared memory beyond 48 KiB is asked for.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace packseq {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("packseq: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+// Launches kernel(params) with `shared` bytes of dynamic shared memory. The grid is one-dimensional:
+// only its x axis reaches 2^31 - 1 blocks. An empty grid launches nothing.
+template <class Params>
+void launch(const char* what, void (*kernel)(Params), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
+            const std::type_identity_t<Params>& params) {
+  if (blocks == 0) return;
+  if (shared > 48 * 1024) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
+  }
+  kernel<<<dim3(unsigned(blocks)), dim3(unsigned(threads)), shared, stream>>>(params);
+  check_cuda(cudaGetLastError(), what);
+}
+
+}  // namespace packseq

@@ -1,0 +1,46 @@
+// Where an operator runs: Cpu or Cuda. Either is handed to the core's entry point as its executor or stream.
+#pragma once
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "core/executor.h"
+
+#if PACKSEQ_HAS_CUDA
+#include <cuda_runtime_api.h>
+// Weak: with a CPU-only torch the symbol is absent, and the library still loads.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
+
+namespace packseq {
+
+// torch's own thread pool.
+struct Cpu {
+  explicit Cpu(const torch::stable::Tensor&) {}
+
+  operator Executor() const {
+    return {[](int64_t count, int64_t grain, Executor::Body body, void* context) {
+              torch::stable::parallel_for(0, count, grain,
+                                          [&](int64_t begin, int64_t end) { body(context, begin, end); });
+            },
+            int(torch::stable::get_num_threads())};
+  }
+};
+
+#if PACKSEQ_HAS_CUDA
+// The current stream of the tensor's device, which is made the current device for the operator's duration.
+struct Cuda {
+  explicit Cuda(const torch::stable::Tensor& t) : guard(t.get_device_index()) {
+    void* s = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &s));
+    stream = static_cast<cudaStream_t>(s);
+  }
+
+  operator cudaStream_t() const { return stream; }
+
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+};
+#endif
+
+}  // namespace packseq

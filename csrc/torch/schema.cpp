@@ -1,0 +1,15 @@
+// Every operator of the library, in one place.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(packseq, m) {
+  // csrc/torch/attention.cpp; dsinks is empty where sinks is None
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? cu_seqlens_k, bool causal, int window_left, "
+      "int window_right, int sink_tokens, float softcap, Tensor? alibi_slopes, Tensor? sinks, float scale)"
+      " -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor cu_seqlens, Tensor? cu_seqlens_k, bool causal, int window_left, int window_right, int sink_tokens, "
+      "float softcap, Tensor? alibi_slopes, Tensor? sinks, float scale)"
+      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+}
