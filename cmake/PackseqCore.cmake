@@ -1,7 +1,7 @@
 # What packseq_core is made of: every family's CPU and CUDA files, and the kernels' instantiations.
 
 file(GLOB PACKSEQ_CPU_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*_cpu.cpp)
-target_sources(packseq_core PRIVATE ${PACKSEQ_CPU_SOURCES})
+target_sources(packseq_core PRIVATE ${PACKSEQ_CPU_SOURCES} ${PROJECT_SOURCE_DIR}/csrc/core/build_info.cpp)
 
 if(PACKSEQ_HAS_CUDA)
   file(GLOB PACKSEQ_CUDA_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu)
@@ -13,6 +13,10 @@ if(PACKSEQ_HAS_CUDA)
 
   # One file an instantiation, so that they compile side by side.
   foreach(_dtype f16 bf16)
+    set(PACKSEQ_TYPE __half)
+    if(_dtype STREQUAL "bf16")
+      set(PACKSEQ_TYPE __nv_bfloat16)
+    endif()
     foreach(_dim 64 96 128 192 256)
       foreach(_direction forward backward)
         configure_file(${PROJECT_SOURCE_DIR}/csrc/attention/${_direction}_sm80.cu.in

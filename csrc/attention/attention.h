@@ -28,8 +28,8 @@ struct AttentionProblem {
   Dtype dtype;  // of q, k, v, out and their gradients; f64 on the CPU only
   int64_t total_q, total_k;
   int64_t sequences;
-  int heads, kv_heads;  // heads is a multiple of kv_heads; query head h reads kv head h / (heads / kv_heads)
-  int dim, dim_v;       // of q and k; of v and out
+  int heads, kv_heads;          // heads is a multiple of kv_heads; query head h reads kv head h / (heads / kv_heads)
+  int dim, dim_v;               // of q and k; of v and out
   const int32_t* cu_seqlens_q;  // [sequences + 1]
   const int32_t* cu_seqlens_k;  // [sequences + 1]
   Packed q;                     // [total_q, heads, dim]

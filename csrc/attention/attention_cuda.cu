@@ -1,0 +1,172 @@
+// Attention on the GPU, host side: lays out the workspace, lists the tiles, picks the kernels.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <iterator>
+
+#include "attention/attention.h"
+#include "attention/attention_f32.h"
+#include "attention/attention_sm80.h"
+#include "attention/backward_rows.cuh"
+#include "core/check.h"
+#include "core/dispatch.h"
+#include "core/launch.h"
+#include "core/schedule.h"
+
+namespace packseq {
+namespace {
+
+// Hands out pieces of a workspace; with a null base it only counts.
+class Pieces {
+ public:
+  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
+
+  template <class X>
+  X* take(int64_t count) {
+    X* piece = base_ ? reinterpret_cast<X*>(base_ + used_) : nullptr;
+    used_ += (size_t(count) * sizeof(X) + 255) / 256 * 256;
+    return piece;
+  }
+  size_t used() const { return used_; }
+
+ private:
+  char* base_;
+  size_t used_ = 0;
+};
+
+bool is_half(const AttentionProblem& p) { return p.dtype != Dtype::f32; }
+
+// The head dim the tensor-core kernels are built for that holds both of the problem's.
+int padded_dim(const AttentionProblem& p) {
+  const auto* dim = std::lower_bound(std::begin(sm80::kDims), std::end(sm80::kDims), std::max(p.dim, p.dim_v));
+  check(dim != std::end(sm80::kDims), "attention: head dims must be at most 256, got ", p.dim, " and ", p.dim_v);
+  return *dim;
+}
+
+struct TileList {
+  Tile* tiles;
+  int64_t places;
+  int rows;
+};
+
+TileList take_tiles(Pieces& pieces, const AttentionProblem& p, int64_t total, int rows) {
+  const int64_t places = tile_capacity(total, p.sequences, rows);
+  return {pieces.take<Tile>(places), places, rows};
+}
+
+struct ForwardWorkspace {
+  Pieces pieces;
+  TileList queries;
+
+  ForwardWorkspace(const AttentionProblem& p, void* base)
+      : pieces(base),
+        queries(take_tiles(pieces, p, p.total_q, is_half(p) ? sm80::forward_rows(padded_dim(p)) : kF32Rows)) {}
+};
+
+struct BackwardWorkspace {
+  Pieces pieces;
+  float *lse, *delta;
+  TileList keys;
+  TileList queries;  // float32 only
+  float* dq;         // half types only, like turns
+  int* turns;
+  int64_t turn_count;
+
+  BackwardWorkspace(const AttentionProblem& p, void* base)
+      : pieces(base),
+        lse(pieces.take<float>(p.heads * p.total_q)),
+        delta(pieces.take<float>(p.heads * p.total_q)),
+        keys(take_tiles(pieces, p, p.total_k, is_half(p) ? sm80::backward_rows(padded_dim(p)) : kF32Rows)),
+        queries(take_tiles(pieces, p, is_half(p) ? 0 : p.total_q, kF32Rows)),
+        dq(pieces.take<float>(is_half(p) ? p.heads * p.total_q * padded_dim(p) : 0)),
+        turn_count(is_half(p) ? p.heads * sm80::turn_slots(p, padded_dim(p)) : 0) {
+    turns = pieces.take<int>(turn_count);
+  }
+};
+
+void list_tiles(const TileList& list, const int32_t* cu_seqlens, int64_t total, const int32_t* cu_work,
+                int64_t total_work, int64_t sequences, cudaStream_t stream) {
+  if (list.places == 0) return;
+  build_tile_schedule({.cu_seqlens = cu_seqlens,
+                       .cu_work = cu_work,
+                       .sequences = sequences,
+                       .total = total,
+                       .total_work = total_work,
+                       .rows = list.rows,
+                       .tiles = list.tiles},
+                      stream);
+}
+
+void list_queries(const TileList& list, const AttentionProblem& p, cudaStream_t stream) {
+  list_tiles(list, p.cu_seqlens_q, p.total_q, p.cu_seqlens_k, p.total_k, p.sequences, stream);
+}
+
+void list_keys(const TileList& list, const AttentionProblem& p, cudaStream_t stream) {
+  list_tiles(list, p.cu_seqlens_k, p.total_k, p.cu_seqlens_q, p.total_q, p.sequences, stream);
+}
+
+// f(type, padded head dim) for the half types.
+template <class F>
+void dispatch_half(const AttentionProblem& p, const F& f) {
+  dispatch<64, 96, 128, 192, 256>("padded head dim", padded_dim(p), [&](auto dim) {
+    if (p.dtype == Dtype::bf16) {
+      f(__nv_bfloat16{}, dim);
+    } else {
+      f(__half{}, dim);
+    }
+  });
+}
+
+constexpr int kThreads = 256;
+int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+
+template <class T>
+void row_statistics(const RowStatistics& rows, cudaStream_t stream) {
+  const AttentionProblem& p = rows.call.problem;
+  launch("attention row statistics", row_statistics_kernel<T>, blocks_for(p.total_q * p.heads * 8), kThreads, 0, stream,
+         rows);
+}
+
+}  // namespace
+
+size_t attention_forward_workspace(const AttentionProblem& p) { return ForwardWorkspace(p, nullptr).pieces.used(); }
+size_t attention_backward_workspace(const AttentionProblem& p) { return BackwardWorkspace(p, nullptr).pieces.used(); }
+
+void attention_forward(const AttentionForward& call, cudaStream_t stream) {
+  const AttentionProblem& p = call.problem;
+  const ForwardWorkspace work(p, call.workspace);
+  list_queries(work.queries, p, stream);
+  if (!is_half(p)) return attention_forward_f32(call, work.queries.tiles, work.queries.places, stream);
+  dispatch_half(p, [&](auto type, auto dim) {
+    sm80::forward<decltype(type), dim>(call, work.queries.tiles, work.queries.places, stream);
+  });
+}
+
+void attention_backward(const AttentionBackward& call, cudaStream_t stream) {
+  const AttentionProblem& p = call.problem;
+  const BackwardWorkspace work(p, call.workspace);
+  const RowStatistics rows = {.call = call, .lse = work.lse, .delta = work.delta};
+  list_keys(work.keys, p, stream);
+  if (!is_half(p)) {
+    row_statistics<float>(rows, stream);
+    list_queries(work.queries, p, stream);
+    attention_backward_f32(call, work.delta, work.queries.tiles, work.queries.places, work.keys.tiles, work.keys.places,
+                           stream);
+  } else {
+    if (work.turn_count > 0) {
+      check_cuda(cudaMemsetAsync(work.turns, 0, work.turn_count * sizeof(int), stream), "attention backward");
+    }
+    dispatch_half(p, [&](auto type, auto dim) {
+      using T = decltype(type);
+      row_statistics<T>(rows, stream);
+      const sm80::BackwardScratch scratch = {.lse = work.lse, .delta = work.delta, .dq = work.dq, .turns = work.turns};
+      sm80::backward<T, dim>(call, scratch, work.keys.tiles, work.keys.places, stream);
+      launch("attention dq", store_dq_kernel<T>, blocks_for(p.heads * p.total_q * (dim / 16)), kThreads, 0, stream,
+             {.call = call, .lse = work.lse, .dq = work.dq, .padded_dim = dim});
+    });
+  }
+  if (p.sinks) launch("attention dsinks", sinks_gradient_kernel, p.heads, 512, 0, stream, rows);
+}
+
+}  // namespace packseq

@@ -1,0 +1,140 @@
+// What the backward does row by row, before and after its main kernel: for every element type.
+#pragma once
+#include <cmath>
+
+#include "attention/mask.h"
+#include "attention/scores.cuh"
+#include "core/device/mma.cuh"
+#include "core/launch.h"
+
+namespace packseq {
+
+// delta = rowsum(dout * out) - dlse, and lse in units of log 2.
+struct RowStatistics {
+  AttentionBackward call;
+  float* lse;    // [heads, total_q]; +inf where the row sees no key, so that exp2(s - lse) is 0
+  float* delta;  // [heads, total_q]
+};
+
+// The sequence that row `row` of the queries belongs to.
+__device__ inline int64_t sequence_of(const AttentionProblem& p, int64_t row) {
+  int64_t low = 0, high = p.sequences;  // cu_seqlens[low] <= row < cu_seqlens[high]
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (p.cu_seqlens_q[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+// Whether a row sees any key. Its lse tells, unless a sink holds that up.
+__device__ inline bool sees_key(const AttentionProblem& p, int64_t row, float lse) {
+  if (lse == -INFINITY) return false;
+  if (!p.sinks) return true;
+  const int64_t i = sequence_of(p, row);
+  const Span q = span_of(p.cu_seqlens_q, p.sequences, p.total_q, i);
+  const Mask mask(p, q.size(), span_of(p.cu_seqlens_k, p.sequences, p.total_k, i).size());
+  const int query = int(row - q.begin);
+  return KeyBlocks(mask, query, query + 1, 1).count > 0;
+}
+
+__device__ inline float dot_16_bytes(const uint4& a, const uint4& b, const float*) {
+  const float4 &x = reinterpret_cast<const float4&>(a), &y = reinterpret_cast<const float4&>(b);
+  return fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, x.w * y.w)));
+}
+template <class T>
+__device__ float dot_16_bytes(const uint4& a, const uint4& b, const T*) {
+  const uint32_t x[] = {a.x, a.y, a.z, a.w}, y[] = {b.x, b.y, b.z, b.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 u = unpack_halves<T>(x[i]), v = unpack_halves<T>(y[i]);
+    sum = fmaf(u.x, v.x, fmaf(u.y, v.y, sum));
+  }
+  return sum;
+}
+
+// Eight lanes a row of a head, 16 bytes a lane at a time.
+template <class T>
+__global__ void row_statistics_kernel(const __grid_constant__ RowStatistics params) {
+  const AttentionBackward& call = params.call;
+  const AttentionProblem& p = call.problem;
+  const int64_t item = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 8, row = item / p.heads;
+  if (row >= span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences).begin) return;  // slack is not read
+  const int head = int(item % p.heads), lane = threadIdx.x % 8;
+  constexpr int kWidth = 16 / sizeof(T);
+  const T* dout = static_cast<const T*>(call.dout.data) + row * call.dout.token + head * call.dout.head;
+  const T* out = static_cast<const T*>(call.out) + item * p.dim_v;
+  float sum = 0.0f;
+  for (int i = lane * kWidth; i < p.dim_v; i += 8 * kWidth) {
+    sum += dot_16_bytes(*reinterpret_cast<const uint4*>(dout + i), *reinterpret_cast<const uint4*>(out + i), out);
+  }
+  const unsigned eight = 0xffu << (threadIdx.x % 32 / 8 * 8);
+#pragma unroll
+  for (int offset = 4; offset; offset /= 2) sum += __shfl_xor_sync(eight, sum, offset);
+  if (lane != 0) return;
+  if (call.dlse) sum -= static_cast<const float*>(call.dlse)[item];
+  const float lse = static_cast<const float*>(call.lse)[item];
+  params.delta[head * p.total_q + row] = sum;
+  params.lse[head * p.total_q + row] = sees_key(p, row, lse) ? lse * kLog2e : INFINITY;
+}
+
+// dsinks[head] = -sum over rows of exp(sink - lse) * delta: one block a head, in a fixed order.
+__global__ void sinks_gradient_kernel(const __grid_constant__ RowStatistics params) {
+  constexpr int kThreads = 512;
+  __shared__ float sums[kThreads];
+  const AttentionProblem& p = params.call.problem;
+  const int head = blockIdx.x;
+  const float sink = static_cast<const float*>(p.sinks)[head];
+  const int64_t rows = span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences).begin;
+  float sum = 0.0f;
+  for (int64_t row = threadIdx.x; row < rows; row += kThreads) {
+    const float lse = static_cast<const float*>(params.call.lse)[row * p.heads + head];
+    if (lse != -INFINITY) sum -= expf(sink - lse) * params.delta[head * p.total_q + row];
+  }
+  sums[threadIdx.x] = sum;
+  for (int half = kThreads / 2; half; half /= 2) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  if (threadIdx.x == 0) static_cast<float*>(params.call.dsinks)[head] = sums[0];
+}
+
+// The float32 sums of dQ, columns in accumulate_dq()'s order, to scale * dQ in the tensors' type.
+struct StoreDq {
+  AttentionBackward call;
+  const float* lse;  // RowStatistics's: rows that see no key were never summed
+  const float* dq;   // [heads, total_q, padded_dim]
+  int padded_dim;
+};
+
+// A thread moves 16 columns of a row.
+template <class T>
+__global__ void store_dq_kernel(const __grid_constant__ StoreDq params) {
+  const AttentionProblem& p = params.call.problem;
+  const int groups = params.padded_dim / 16;
+  const int64_t item = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, head_row = item / groups;
+  const int col = int(item % groups) * 16;
+  if (head_row >= p.heads * p.total_q || col >= p.dim) return;
+  const int head = int(head_row / p.total_q);
+  const int64_t row = head_row % p.total_q;
+  uint4 low = {}, high = {};
+  const bool slack = row >= span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences).begin;
+  if (!slack && params.lse[head_row] != INFINITY) {
+    const float4* sums = reinterpret_cast<const float4*>(params.dq + head_row * params.padded_dim + col);
+    const float scale = float(p.scale);
+    uint32_t lows[4], highs[4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+      const float4 x = sums[t];
+      lows[t] = pack_halves<T>(x.x * scale, x.y * scale);
+      highs[t] = pack_halves<T>(x.z * scale, x.w * scale);
+    }
+    low = {lows[0], lows[1], lows[2], lows[3]};
+    high = {highs[0], highs[1], highs[2], highs[3]};
+  }
+  T* to = static_cast<T*>(params.call.dq) + (row * p.heads + head) * p.dim + col;
+  *reinterpret_cast<uint4*>(to) = low;
+  if (col + 8 < p.dim) *reinterpret_cast<uint4*>(to + 8) = high;
+}
+
+}  // namespace packseq

@@ -1,0 +1,64 @@
+// Tensor-core products from Ampere on: one warp, D[16, 8] += A[16, 16] B[16, 8], float32 accumulators.
+//
+// With g = lane / 4 and t = lane % 4 a thread holds
+//   A: {(g, 2t..2t+1), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..)}, two elements a register
+//   B: {(2t..2t+1, g), (2t + 8.., g)}
+//   C, D: {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1)}
+// so two neighbouring C tiles, packed to halves, are the A tile of the next product.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace packseq {
+
+template <class T>
+__device__ __forceinline__ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma_16x8x16<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                           uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Two floats as two halves in one register, the first in the low bits.
+template <class T>
+__device__ __forceinline__ uint32_t pack_halves(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack_halves<__half>(float low, float high) {
+  const __half2 h = __floats2half2_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(h);
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack_halves<__nv_bfloat16>(float low, float high) {
+  const __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<const uint32_t&>(h);
+}
+
+template <class T>
+__device__ __forceinline__ float2 unpack_halves(uint32_t x);
+
+template <>
+__device__ __forceinline__ float2 unpack_halves<__half>(uint32_t x) {
+  return __half22float2(reinterpret_cast<const __half2&>(x));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack_halves<__nv_bfloat16>(uint32_t x) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x));
+}
+
+}  // namespace packseq
