@@ -1,3 +1,5 @@
-import torch  # noqa: F401  (its libraries must be in the process before ours)
+"""Sequence mixers that never pad: see packseq.attention, and python -m packseq for what was built."""
 
-from . import _C  # noqa: F401
+from ._load import _C
+
+__version__: str = _C.version
