@@ -93,6 +93,13 @@ def test_import_leaves_the_gpu_alone(tmp_path):
     assert done.stdout.strip() == "True", done.stderr
 
 
+def test_readme_sample_runs(tmp_path):
+    sample = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    check = "assert out.shape == (347, 8, 64) and lse.shape == (347, 8) and torch.isfinite(lse).all()"
+    done = python("-c", f"{sample}\n{check}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.gpu
 def test_devices_are_those_of_torch():
     assert [d.name for d in packseq._C.devices()] == [

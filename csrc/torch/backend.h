@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdlib>
+
+#include "core/build_info.h"
 #include "core/executor.h"
 
 #if PACKSEQ_HAS_CUDA
@@ -31,6 +34,7 @@ struct Cpu {
 // The current stream of the tensor's device, which is made the current device for the operator's duration.
 struct Cuda {
   explicit Cuda(const torch::stable::Tensor& t) : guard(t.get_device_index()) {
+    check_device(t.get_device_index());
     void* s = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &s));
     stream = static_cast<cudaStream_t>(s);
@@ -40,6 +44,19 @@ struct Cuda {
 
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
+};
+#else
+// Built without CUDA, the operators are registered for CUDA all the same, with WithoutCuda<their CPU function>::call:
+// to say in one sentence what is missing.
+template <auto F>
+struct WithoutCuda;
+
+template <class Result, class... Args, Result (*F)(Args...)>
+struct WithoutCuda<F> {
+  static Result call(Args...) {
+    check_device(0);  // throws
+    std::abort();
+  }
 };
 #endif
 
