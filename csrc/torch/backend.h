@@ -4,8 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
-
 #include "core/build_info.h"
 #include "core/executor.h"
 
@@ -46,17 +44,9 @@ struct Cuda {
   cudaStream_t stream;
 };
 #else
-// Built without CUDA, the operators are registered for CUDA all the same, with WithoutCuda<their CPU function>::call:
-// to say in one sentence what is missing.
-template <auto F>
-struct WithoutCuda;
-
-template <class Result, class... Args, Result (*F)(Args...)>
-struct WithoutCuda<F> {
-  static Result call(Args...) {
-    check_device(0);  // throws
-    std::abort();
-  }
+// Built without CUDA the operators are registered for CUDA all the same: to say in one sentence what is missing.
+struct Cuda : Cpu {
+  explicit Cuda(const torch::stable::Tensor& t) : Cpu(t) { check_device(t.get_device_index()); }
 };
 #endif
 
