@@ -77,6 +77,7 @@ $(VENV)/bin/python:
 	  { echo "$(PYTHON) comes without venv or without its C headers: sudo apt-get install python3-venv python3-dev"; exit 1; }
 	@command -v $(CXX) >/dev/null || { echo "there is no C++ compiler ($(CXX)): sudo apt-get install g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --quiet pip
 
 $(VENV)/.build: constraints.txt | $(VENV)/bin/python
 	$(call say,installing torch and the build tools)
