@@ -1,5 +1,7 @@
 """Sequence mixers that never pad: see packseq.attention, and python -m packseq for what was built."""
 
 from ._load import _C
+from .attention import attention
 
 __version__: str = _C.version
+__all__ = ["attention"]

@@ -1,0 +1,245 @@
+// Attention: checks, allocation, and the way down to csrc/attention/.
+#include "attention/attention.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+#include "torch/backend.h"
+#include "torch/checks.h"
+
+namespace packseq {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+void make_contiguous(OptionalTensor& t) {
+  if (t) *t = torch::stable::contiguous(*t);
+}
+
+// What both directions are called with, as it came.
+struct Inputs {
+  const char* op;
+  Tensor q, k, v, cu_seqlens;
+  OptionalTensor cu_seqlens_k;
+  bool causal;
+  int64_t window_left, window_right, sink_tokens;
+  double softcap;
+  OptionalTensor alibi_slopes, sinks;
+  std::optional<double> scale;
+
+  Argument named(const char* name, const Tensor& t) const { return {op, name, t}; }
+  // Of lse and everything else that goes with it.
+  ScalarType statistics() const {
+    return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+};
+
+void check_dtypes(const Inputs& in) {
+  const Dtype dtype = dtype_of(in.named("q", in.q));
+  const auto q = in.named("q", in.q);
+  check_same_dtype(in.named("k", in.k), q);
+  check_same_dtype(in.named("v", in.v), q);
+  if (!in.q.is_cuda()) return;
+  check(dtype != Dtype::f64, q, " must be float16, bfloat16 or float32 on a GPU, got float64");
+  for (const auto& a : {q, in.named("v", in.v)}) {
+    const int64_t dim = a.tensor.size(2);
+    check(dim % 8 == 0 && dim <= 256, a, " must have a head dim that is a multiple of 8 up to 256 on a GPU, got ", dim);
+  }
+}
+
+void check_shapes(const Inputs& in) {
+  check_dims(in.named("q", in.q), 3, "[total_q, heads, dim]");
+  check_dims(in.named("k", in.k), 3, "[total_k, kv_heads, dim]");
+  check_dims(in.named("v", in.v), 3, "[total_k, kv_heads, dim_v]");
+  const int64_t heads = in.q.size(1), kv_heads = in.k.size(1), dim = in.q.size(2);
+  check(heads >= 1 && dim >= 1, in.named("q", in.q), " must have at least one head and a head dim of at least 1, got ",
+        shape_of(in.q));
+  check(kv_heads >= 1 && heads % kv_heads == 0, in.named("k", in.k), " must have a number of heads that divides q's ",
+        heads, ", got ", kv_heads);
+  check_shape(in.named("k", in.k), {in.k.size(0), kv_heads, dim});
+  check(in.v.size(2) >= 1, in.named("v", in.v), " must have a head dim of at least 1, got ", in.v.size(2));
+  check_shape(in.named("v", in.v), {in.k.size(0), kv_heads, in.v.size(2)});
+}
+
+void check_sequences(const Inputs& in) {
+  const auto q = in.named("q", in.q), cu_q = in.named("cu_seqlens", in.cu_seqlens);
+  check_boundaries(cu_q, q);
+  check_boundary_values(cu_q, in.q.size(0));
+  if (in.cu_seqlens_k) {
+    const auto cu_k = in.named("cu_seqlens_k", *in.cu_seqlens_k);
+    check_boundaries(cu_k, q);
+    check_shape(cu_k, {in.cu_seqlens.size(0)});
+    check_boundary_values(cu_k, in.k.size(0));
+  } else {
+    check(in.k.size(0) == in.q.size(0), in.named("k", in.k), " must have q's ", in.q.size(0),
+          " rows, or cu_seqlens_k must be given, got ", in.k.size(0));
+  }
+}
+
+void check_options(const Inputs& in) {
+  check(in.window_left >= -1 && in.window_right >= -1, in.op,
+        ": window must be two numbers of at least 0, or -1 for unbounded, got (", in.window_left, ", ", in.window_right,
+        ")");
+  check(in.sink_tokens >= 0, in.op, ": sink_tokens must be at least 0, got ", in.sink_tokens);
+  check(in.softcap >= 0 && std::isfinite(in.softcap), in.op, ": softcap must be finite and at least 0, got ",
+        in.softcap);
+  check(!in.scale || std::isfinite(*in.scale), in.op, ": scale must be finite, got ", in.scale.value_or(0));
+  const auto check_per_head = [&](const Argument& a) {
+    check_shape(a, {in.q.size(1)});
+    check_dtype(a, in.statistics());
+    check_same_device(a, in.named("q", in.q));
+  };
+  if (in.alibi_slopes) check_per_head(in.named("alibi_slopes", *in.alibi_slopes));
+  if (in.sinks) check_per_head(in.named("sinks", *in.sinks));
+}
+
+// Checks everything, then makes the tensors ready for the kernels; they stay alive as long as this does.
+struct Ready : Inputs {
+  explicit Ready(const Inputs& in) : Inputs(in) {
+    check_shapes(in);
+    check_same_device(named("k", k), named("q", q));
+    check_same_device(named("v", v), named("q", q));
+    check_dtypes(in);
+    check_sequences(in);
+    check_options(in);
+    for (Tensor* t : {&q, &k, &v}) *t = readable(*t, alignment());
+    make_contiguous(alibi_slopes);
+    make_contiguous(sinks);
+  }
+
+  int64_t alignment() const { return q.is_cuda() ? 16 : 1; }
+
+  AttentionProblem problem() const {
+    const auto boundaries = [](const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); };
+    return {.dtype = dtype_of(named("q", q)),
+            .total_q = q.size(0),
+            .total_k = k.size(0),
+            .sequences = cu_seqlens.size(0) - 1,
+            .heads = int(q.size(1)),
+            .kv_heads = int(k.size(1)),
+            .dim = int(q.size(2)),
+            .dim_v = int(v.size(2)),
+            .cu_seqlens_q = boundaries(cu_seqlens),
+            .cu_seqlens_k = boundaries(cu_seqlens_k.value_or(cu_seqlens)),
+            .q = packed_of(q),
+            .k = packed_of(k),
+            .v = packed_of(v),
+            .scale = scale.value_or(1 / std::sqrt(double(q.size(2)))),
+            .causal = causal,
+            .window_left = window_left,
+            .window_right = window_right,
+            .sink_tokens = sink_tokens,
+            .softcap = softcap,
+            .alibi_slopes = data_of(alibi_slopes),
+            .sinks = data_of(sinks)};
+  }
+};
+
+void run(const AttentionForward& call, const Tensor&, const Cpu& backend) {
+  attention_forward(call, Executor(backend));
+}
+void run(const AttentionBackward& call, const Tensor&, const Cpu& backend) {
+  attention_backward(call, Executor(backend));
+}
+#if PACKSEQ_HAS_CUDA
+Tensor workspace(const Tensor& like, size_t bytes) {
+  return torch::stable::new_empty(like, {int64_t(bytes)}, ScalarType::Byte);
+}
+
+void run(AttentionForward call, const Tensor& like, const Cuda& backend) {
+  const Tensor space = workspace(like, attention_forward_workspace(call.problem));
+  call.workspace = space.mutable_data_ptr();
+  attention_forward(call, backend.stream);
+}
+void run(AttentionBackward call, const Tensor& like, const Cuda& backend) {
+  const Tensor space = workspace(like, attention_backward_workspace(call.problem));
+  call.workspace = space.mutable_data_ptr();
+  attention_backward(call, backend.stream);
+}
+#endif
+
+template <class Backend>
+std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens,
+                                     const OptionalTensor& cu_seqlens_k, bool causal, int64_t window_left,
+                                     int64_t window_right, int64_t sink_tokens, double softcap,
+                                     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
+                                     std::optional<double> scale) {
+  const Ready in({"attention", q, k, v, cu_seqlens, cu_seqlens_k, causal, window_left, window_right, sink_tokens,
+                  softcap, alibi_slopes, sinks, scale});
+  const Backend backend(q);
+  const Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v.size(2)});
+  const Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, in.statistics());
+  run(
+      AttentionForward{
+          .problem = in.problem(), .out = out.mutable_data_ptr(), .lse = lse.mutable_data_ptr(), .workspace = nullptr},
+      q, backend);
+  return {out, lse};
+}
+
+void check_results(const Ready& in, const Tensor& dout, const OptionalTensor& dlse, const Tensor& out,
+                   const Tensor& lse) {
+  const auto q = in.named("q", in.q);
+  for (const auto& a : {in.named("dout", dout), in.named("out", out)}) {
+    check_shape(a, {in.q.size(0), in.q.size(1), in.v.size(2)});
+    check_same_dtype(a, q);
+    check_same_device(a, q);
+  }
+  const auto check_statistics = [&](const Argument& a) {
+    check_shape(a, {in.q.size(0), in.q.size(1)});
+    check_dtype(a, in.statistics());
+    check_same_device(a, q);
+  };
+  check_statistics(in.named("lse", lse));
+  if (dlse) check_statistics(in.named("dlse", *dlse));
+}
+
+template <class Backend>
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    const Tensor& dout_in, const OptionalTensor& dlse_in, const Tensor& q, const Tensor& k, const Tensor& v,
+    const Tensor& out_in, const Tensor& lse_in, const Tensor& cu_seqlens, const OptionalTensor& cu_seqlens_k,
+    bool causal, int64_t window_left, int64_t window_right, int64_t sink_tokens, double softcap,
+    const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, std::optional<double> scale) {
+  const Ready in({"attention_backward", q, k, v, cu_seqlens, cu_seqlens_k, causal, window_left, window_right,
+                  sink_tokens, softcap, alibi_slopes, sinks, scale});
+  check_results(in, dout_in, dlse_in, out_in, lse_in);
+  const Backend backend(q);
+  const Tensor dout = readable(dout_in, in.alignment());
+  const Tensor out = torch::stable::contiguous(out_in), lse = torch::stable::contiguous(lse_in);
+  OptionalTensor dlse = dlse_in;
+  make_contiguous(dlse);
+
+  const auto like = [](const Tensor& t) { return torch::stable::new_empty(t, {t.size(0), t.size(1), t.size(2)}); };
+  const Tensor dq = like(q), dk = like(k), dv = like(v);
+  const Tensor dsinks = torch::stable::new_empty(q, {sinks ? q.size(1) : 0}, in.statistics());
+  run(AttentionBackward{.problem = in.problem(),
+                        .dout = packed_of(dout),
+                        .out = out.const_data_ptr(),
+                        .lse = lse.const_data_ptr(),
+                        .dlse = data_of(dlse),
+                        .dq = dq.mutable_data_ptr(),
+                        .dk = dk.mutable_data_ptr(),
+                        .dv = dv.mutable_data_ptr(),
+                        .dsinks = sinks ? dsinks.mutable_data_ptr() : nullptr,
+                        .workspace = nullptr},
+      q, backend);
+  return {dq, dk, dv, dsinks};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(packseq, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention<Cpu>));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward<Cpu>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(packseq, CUDA, m) {
+  m.impl("attention", TORCH_BOX(&attention<Cuda>));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward<Cuda>));
+}
+
+}  // namespace packseq

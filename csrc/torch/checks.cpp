@@ -1,0 +1,128 @@
+#include "torch/checks.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+namespace packseq {
+
+namespace {
+
+std::string listed(const int64_t* sizes, size_t count) {
+  std::string text = "[";
+  for (size_t i = 0; i < count; ++i) text += (i ? ", " : "") + std::to_string(sizes[i]);
+  return text + "]";
+}
+
+bool validates_everywhere() {
+  const char* set = std::getenv("PACKSEQ_VALIDATE");
+  return set && std::string_view(set) == "1";
+}
+
+}  // namespace
+
+std::string shape_of(const Tensor& t) { return listed(t.sizes().data(), t.sizes().size()); }
+
+std::string device_of(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
+  return "device type " + std::to_string(int(t.device().type()));
+}
+
+std::string name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    default: {
+      std::string name = torch::headeronly::toString(type);
+      std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+      return name;
+    }
+  }
+}
+
+ScalarType scalar_type_of(Dtype t) {
+  return t == Dtype::f16    ? ScalarType::Half
+         : t == Dtype::bf16 ? ScalarType::BFloat16
+         : t == Dtype::f32  ? ScalarType::Float
+                            : ScalarType::Double;
+}
+
+Dtype dtype_of(const Argument& a) {
+  for (const Dtype t : {Dtype::f16, Dtype::bf16, Dtype::f32, Dtype::f64}) {
+    if (a.tensor.scalar_type() == scalar_type_of(t)) return t;
+  }
+  fail(a, " must be float16, bfloat16, float32 or float64, got ", name_of(a.tensor.scalar_type()));
+}
+
+void check_dims(const Argument& a, int64_t dims, const char* layout) {
+  check(a.tensor.dim() == dims, a, " must be ", layout, ", got shape ", shape_of(a.tensor));
+}
+
+void check_shape(const Argument& a, std::initializer_list<int64_t> shape) {
+  const auto sizes = a.tensor.sizes();
+  check(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()), a, " must have shape ",
+        listed(shape.begin(), shape.size()), ", got ", shape_of(a.tensor));
+}
+
+void check_dtype(const Argument& a, ScalarType expected) {
+  const ScalarType got = a.tensor.scalar_type();
+  check(got == expected, a, " must be ", name_of(expected), ", got ", name_of(got));
+}
+
+void check_same_dtype(const Argument& a, const Argument& like) {
+  const ScalarType got = a.tensor.scalar_type(), expected = like.tensor.scalar_type();
+  check(got == expected, a, " must be ", name_of(expected), " like ", like.name, ", got ", name_of(got));
+}
+
+void check_same_device(const Argument& a, const Argument& like) {
+  check(a.tensor.device() == like.tensor.device(), a, " must be on ", device_of(like.tensor), " like ", like.name,
+        ", got ", device_of(a.tensor));
+}
+
+void check_boundaries(const Argument& a, const Argument& like) {
+  check_dims(a, 1, "[sequences + 1]");
+  check_dtype(a, ScalarType::Int);
+  check_same_device(a, like);
+  check(a.tensor.size(0) >= 1, a, " must have at least one element, got shape [0]");
+  check(a.tensor.is_contiguous(), a, " must be contiguous, got stride ", a.tensor.stride(0));
+}
+
+void check_boundary_values(const Argument& a, int64_t total) {
+  if (!a.tensor.is_cpu() && !validates_everywhere()) return;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  const Tensor host = a.tensor.is_cpu() ? a.tensor : torch::stable::to(a.tensor, cpu);
+  const int32_t* at = static_cast<const int32_t*>(host.const_data_ptr());
+  const int64_t last = host.size(0) - 1;
+  check(at[0] == 0, a, " must start at 0, got ", at[0]);
+  for (int64_t i = 1; i <= last; ++i) {
+    check(at[i] >= at[i - 1], a, " must not decrease, got ", at[i - 1], " then ", at[i], " at position ", i);
+  }
+  check(at[last] <= total, a, " must end within the ", total, " rows there are, got ", at[last], " at position ", last);
+}
+
+Tensor readable(const Tensor& t, int64_t alignment) {
+  const int64_t bytes = int64_t(t.element_size());
+  const auto steps_well = [&](int64_t dim) { return t.size(dim) <= 1 || t.stride(dim) * bytes % alignment == 0; };
+  const auto in_place = [&](const Tensor& x) {
+    return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % uintptr_t(alignment) == 0;
+  };
+  const bool dense = t.size(2) <= 1 || t.stride(2) == 1;
+  if (dense && steps_well(0) && steps_well(1) && in_place(t)) return t;
+  const Tensor copy = torch::stable::contiguous(t);
+  return in_place(copy) ? copy : torch::stable::clone(copy);
+}
+
+Packed packed_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+
+}  // namespace packseq

@@ -1,0 +1,57 @@
+// From torch's tensors to the core's words: checks that name the argument, and the few conversions.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <ostream>
+#include <string>
+
+#include "core/check.h"
+#include "core/dtype.h"
+#include "core/packed.h"
+
+namespace packseq {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// An operator's argument, which prints as "attention: q".
+struct Argument {
+  const char* op;
+  const char* name;
+  const Tensor& tensor;
+
+  friend std::ostream& operator<<(std::ostream& s, const Argument& a) { return s << a.op << ": " << a.name; }
+};
+
+std::string shape_of(const Tensor&);   // "[3, 4, 64]"
+std::string device_of(const Tensor&);  // "cuda:0"
+std::string name_of(ScalarType);       // "float32"
+
+ScalarType scalar_type_of(Dtype);
+// The element type, which must be one of the floating types that the core knows.
+Dtype dtype_of(const Argument&);
+
+// `layout` names the dimensions: "[total, heads, dim]".
+void check_dims(const Argument&, int64_t dims, const char* layout);
+void check_shape(const Argument&, std::initializer_list<int64_t> shape);
+void check_dtype(const Argument&, ScalarType expected);
+void check_same_dtype(const Argument&, const Argument& like);
+void check_same_device(const Argument&, const Argument& like);
+
+// A vector of boundaries: int32, one dimension, at least one element, contiguous, beside `like`.
+void check_boundaries(const Argument&, const Argument& like);
+// What is in it: starts at 0, never decreases, ends within `total`. Checked on the CPU, where that costs nothing, and
+// with PACKSEQ_VALIDATE=1 in the environment on a GPU too, which copies it to the host.
+void check_boundary_values(const Argument&, int64_t total);
+
+// t if a kernel can read its rows [total, heads, dim] in place: the last dimension contiguous, rows at multiples of
+// `alignment` bytes. Else a contiguous copy.
+Tensor readable(const Tensor& t, int64_t alignment);
+Packed packed_of(const Tensor&);
+
+}  // namespace packseq
