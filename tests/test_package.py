@@ -53,7 +53,23 @@ def test_build_information():
     ],
 )
 def test_which_gpus_a_build_runs_on(architectures, capability, runs):
-    assert packseq._C.runs_on(architectures, *capability) == runs
+    problem = packseq._C.misfit(architectures, "NVIDIA X", *capability)
+    assert (problem == "") == runs
+    if not runs:
+        advice = "needs 8.0 or later" if capability < (8, 0) else "TORCH_CUDA_ARCH_LIST={}.{}".format(*capability)
+        assert f"architectures {architectures}" in problem
+        assert "NVIDIA X with its compute capability" in problem
+        assert problem.endswith(advice)
+
+
+@pytest.mark.skipif(packseq._C.has_cuda, reason="built with CUDA")
+def test_cuda_tensor_in_a_cpu_only_build_is_told_what_to_do():
+    """No GPU is needed: the CUDA kernel is called by its key."""
+    q, cu_seqlens = torch.randn(3, 2, 8), torch.tensor([0, 3], dtype=torch.int32)
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    options = (None, False, -1, -1, 0, 0.0, None, None, None)
+    with pytest.raises(RuntimeError, match=r"built without CUDA.*put nvcc on PATH.*move the tensors to the CPU"):
+        torch.ops.packseq.attention.default.redispatch(on_cuda, q, q, q, cu_seqlens, *options)
 
 
 def test_self_check_passes_in_a_fresh_process(tmp_path):

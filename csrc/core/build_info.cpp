@@ -36,8 +36,6 @@ bool one_runs_on(std::string_view one, int major, int minor) {
   return same_major || major > built_major;  // there is PTX
 }
 
-}  // namespace
-
 bool runs_on(std::string_view architectures, int major, int minor) {
   while (!architectures.empty()) {
     const size_t end = architectures.find(';');
@@ -45,6 +43,16 @@ bool runs_on(std::string_view architectures, int major, int minor) {
     architectures.remove_prefix(end == std::string_view::npos ? architectures.size() : end + 1);
   }
   return false;
+}
+
+}  // namespace
+
+std::string misfit(std::string_view architectures, const std::string& gpu, int major, int minor) {
+  if (runs_on(architectures, major, minor)) return "";
+  const std::string capability = std::to_string(major) + "." + std::to_string(minor);
+  return "packseq was built for the CUDA architectures " + std::string(architectures) + ", none of which runs on the " +
+         gpu + " with its compute capability " + capability + ": " +
+         (major < 8 ? "packseq needs 8.0 or later" : "install packseq again with TORCH_CUDA_ARCH_LIST=" + capability);
 }
 
 #if PACKSEQ_HAS_CUDA
@@ -73,7 +81,7 @@ Device device(int index) {
   return {.name = properties.name,
           .major = properties.major,
           .minor = properties.minor,
-          .supported = runs_on(build_info().architectures, properties.major, properties.minor)};
+          .problem = misfit(build_info().architectures, properties.name, properties.major, properties.minor)};
 }
 
 }  // namespace
@@ -96,14 +104,7 @@ void check_device(int index) {
   if (good.load(std::memory_order_relaxed) & bit) return;
 
   const Device d = device(index);
-  if (!d.supported) {
-    throw std::runtime_error("packseq was built for the CUDA architectures " + build_info().architectures +
-                             ", but cuda:" + std::to_string(index) + " (" + d.name + ") has compute capability " +
-                             std::to_string(d.major) + "." + std::to_string(d.minor) + ": " +
-                             (d.major < 8 ? "packseq needs 8.0 or later"
-                                          : "install packseq again with TORCH_CUDA_ARCH_LIST=" +
-                                                std::to_string(d.major) + "." + std::to_string(d.minor)));
-  }
+  if (!d.problem.empty()) throw std::runtime_error(d.problem);
   good.fetch_or(bit, std::memory_order_relaxed);
 }
 

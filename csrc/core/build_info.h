@@ -15,14 +15,15 @@ struct BuildInfo {
 
 const BuildInfo& build_info();
 
-// Whether code built for `architectures` runs on a GPU of compute capability major.minor. Real code runs on later
-// minors of its major; PTX (virtual) on everything later; with suffix a on that chip alone, with f on its major.
-bool runs_on(std::string_view architectures, int major, int minor);
+// What keeps code built for `architectures` from running on a GPU of compute capability major.minor, as one sentence;
+// empty where nothing does. Real code runs on later minors of its major; PTX (virtual) on everything later; with suffix
+// a on that chip alone, with f on its major.
+std::string misfit(std::string_view architectures, const std::string& gpu, int major, int minor);
 
 struct Device {
   std::string name;
   int major, minor;
-  bool supported;  // by the architectures of this build
+  std::string problem;  // why this build cannot use it, or empty
 };
 
 // The visible GPUs. Empty where there are none, or CUDA was not built; throws where the driver does not work.

@@ -23,9 +23,10 @@ PYBIND11_MODULE(_C, m) {
   py::class_<packseq::Device>(m, "Device")
       .def_readonly("name", &packseq::Device::name)
       .def_property_readonly("capability", [](const packseq::Device& d) { return py::make_tuple(d.major, d.minor); })
-      .def_readonly("supported", &packseq::Device::supported);
+      .def_readonly("problem", &packseq::Device::problem);
   m.def("devices", &packseq::devices, "The visible GPUs, and whether this build has code for them.");
   m.def("check_device", &packseq::check_device, py::arg("index"),
         "Raises RuntimeError when the kernels cannot run there.");
-  m.def("runs_on", &packseq::runs_on, py::arg("architectures"), py::arg("major"), py::arg("minor"));
+  m.def("misfit", &packseq::misfit, py::arg("architectures"), py::arg("gpu"), py::arg("major"), py::arg("minor"),
+        "Why code built for these architectures does not run on such a GPU; empty where it does.");
 }

@@ -11,24 +11,21 @@ from ._selfcheck import run
 
 def _gpus() -> tuple[list[str], list[str]]:
     """A line for each visible GPU, and the devices that the operators can run on."""
-    lines, usable = [], []
+    if not _C.has_cuda:
+        advice = "not used, as packseq was built without CUDA: put nvcc on PATH and install packseq again"
+        return [f"{torch.cuda.get_device_name(i)}: {advice}" for i in range(torch.cuda.device_count())], []
     try:
         seen = _C.devices()
     except RuntimeError as error:
         return [str(error)], []
-    if not _C.has_cuda:
-        advice = "not usable, as packseq was built without CUDA: put nvcc on PATH and install packseq again"
-        return [f"{torch.cuda.get_device_name(i)}: {advice}" for i in range(torch.cuda.device_count())], []
+    lines, usable = [], []
     for i, device in enumerate(seen):
-        capability = "{}.{}".format(*device.capability)
-        state = "supported"
-        if not device.supported:
-            state = f"not supported: built for {_C.architectures}; install again with TORCH_CUDA_ARCH_LIST={capability}"
-        elif not torch.cuda.is_available():
-            state = f"supported, but torch {torch.__version__} does not use it: install a CUDA build of torch"
-        else:
+        problem = device.problem
+        if not problem and not torch.cuda.is_available():
+            problem = f"not used by torch {torch.__version__}: install a CUDA build of torch"
+        if not problem:
             usable.append(f"cuda:{i}")
-        lines.append(f"{device.name}, compute capability {capability}, {state}")
+        lines.append("{}, compute capability {}.{}: {}".format(device.name, *device.capability, problem or "supported"))
     return lines, usable
 
 
