@@ -1,7 +1,9 @@
 """Sequence mixers that never pad: see packseq.attention, and python -m packseq for what was built."""
 
-from ._load import _C
+from ._load import _C  # isort: skip  (first: it loads the operators that the rest registers with)
+
+from . import nn
 from .attention import attention
 
 __version__: str = _C.version
-__all__ = ["attention"]
+__all__ = ["attention", "nn"]
