@@ -44,6 +44,14 @@ int padded_dim(const AttentionProblem& p) {
   return *dim;
 }
 
+// Whether the current device needs the backward's variants for little shared memory.
+bool small_shared() {
+  int device = 0, bytes = 0;
+  check_cuda(cudaGetDevice(&device), "attention backward");
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "attention backward");
+  return bytes < sm80::kLargeShared;
+}
+
 struct TileList {
   Tile* tiles;
   int64_t places;
@@ -65,6 +73,7 @@ struct ForwardWorkspace {
 };
 
 struct BackwardWorkspace {
+  bool small = small_shared();
   Pieces pieces;
   float *lse, *delta;
   TileList keys;
@@ -77,10 +86,10 @@ struct BackwardWorkspace {
       : pieces(base),
         lse(pieces.take<float>(p.heads * p.total_q)),
         delta(pieces.take<float>(p.heads * p.total_q)),
-        keys(take_tiles(pieces, p, p.total_k, is_half(p) ? sm80::backward_rows(padded_dim(p)) : kF32Rows)),
+        keys(take_tiles(pieces, p, p.total_k, is_half(p) ? sm80::backward_rows(padded_dim(p), small) : kF32Rows)),
         queries(take_tiles(pieces, p, is_half(p) ? 0 : p.total_q, kF32Rows)),
         dq(pieces.take<float>(is_half(p) ? p.heads * p.total_q * padded_dim(p) : 0)),
-        turn_count(is_half(p) ? p.heads * sm80::turn_slots(p, padded_dim(p)) : 0) {
+        turn_count(is_half(p) ? p.heads * sm80::turn_slots(p, padded_dim(p)) * 8 : 0) {
     turns = pieces.take<int>(turn_count);
   }
 };
@@ -161,7 +170,7 @@ void attention_backward(const AttentionBackward& call, cudaStream_t stream) {
       using T = decltype(type);
       row_statistics<T>(rows, stream);
       const sm80::BackwardScratch scratch = {.lse = work.lse, .delta = work.delta, .dq = work.dq, .turns = work.turns};
-      sm80::backward<T, dim>(call, scratch, work.keys.tiles, work.keys.places, stream);
+      sm80::backward<T, dim>(call, scratch, work.small, work.keys.tiles, work.keys.places, stream);
       launch("attention dq", store_dq_kernel<T>, blocks_for(p.heads * p.total_q * (dim / 16)), kThreads, 0, stream,
              {.call = call, .lse = work.lse, .dq = work.dq, .padded_dim = dim});
     });

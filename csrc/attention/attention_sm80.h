@@ -10,9 +10,13 @@ namespace packseq::sm80 {
 // Head dims are padded to the next of these, with zeros that are never stored.
 inline constexpr int kDims[] = {64, 96, 128, 192, 256};
 
-// Rows of a query tile of the forward, and of a key tile of the backward.
+// Rows of a query tile of the forward, and of a key tile of the backward, which has a variant for chips with less
+// than kLargeShared bytes of shared memory a block.
+inline constexpr int kLargeShared = 200 * 1024;
 constexpr int forward_rows(int dim) { return dim <= 128 ? 128 : 64; }
-constexpr int backward_rows(int dim) { return dim <= 128 ? 128 : 64; }
+constexpr int backward_rows(int dim, bool small) {
+  return dim == 64 ? 128 : dim <= 128 ? (small ? 64 : 128) : small && dim == 256 ? 32 : 64;
+}
 // Queries that share a turn counter in the backward.
 constexpr int turn_rows(int dim) { return dim <= 128 ? 64 : 32; }
 
@@ -24,7 +28,7 @@ struct BackwardScratch {
   const float* lse;    // [heads, total_q], times log2(e); +inf for rows that see no key
   const float* delta;  // [heads, total_q], rowsum(dout * out) - dlse
   float* dq;           // [heads, total_q, kDim], float32, a row's columns as accumulate_dq() orders them
-  int* turns;          // [heads, turn_slots()], zeros: how many key blocks have been added to a query block of dq
+  int* turns;          // [heads, turn_slots(), 8], zeros: key blocks that each warp has added to a query block of dq
 };
 
 // Counters of a head: sequence i's are at cu_seqlens_q[i] / turn_rows + i and on, one for each block of its queries.
@@ -33,6 +37,7 @@ PACKSEQ_HOST_DEVICE int64_t turn_slots(const AttentionProblem& p, int dim) {
 }
 
 template <class T, int kDim>
-void backward(const AttentionBackward&, const BackwardScratch&, const Tile* key_tiles, int64_t places, cudaStream_t);
+void backward(const AttentionBackward&, const BackwardScratch&, bool small, const Tile* key_tiles, int64_t places,
+              cudaStream_t);
 
 }  // namespace packseq::sm80

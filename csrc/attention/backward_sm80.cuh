@@ -15,38 +15,55 @@
 // by one integer a query block; they walk down from the last queries, so under a causal mask, where early keys have
 // most to do, nobody waits but in the first few steps. Whoever is first stores instead of adding: nothing is cleared.
 #pragma once
+#include <climits>
+
 #include "attention/attention_sm80.h"
 #include "attention/mask.h"
 #include "attention/scores.cuh"
 #include "core/device/load_tile.cuh"
 #include "core/device/mma.cuh"
 #include "core/device/turns.cuh"
+#include "core/dispatch.h"
 #include "core/launch.h"
 
 namespace packseq::sm80 {
 
-template <int kDim_>
+// What a block looks up now and then, kept out of its registers: they are full.
+struct BackwardFacts {
+  Mask mask;
+  Scores scores;    // of the first head: only the slope differs between heads
+  int visits[256];  // see BackwardBlock::advance(); as many as the block has threads
+};
+
+// Tile shapes. Accumulators of dK and dV fill the registers: up to 64 columns a warp owns 32 keys; beyond, two warps
+// share their keys, each computing the scores of half of the queries and owning half of the columns of dK and dV, and
+// what the one computed the other reads from shared memory. kSmall fits the 99 KiB of sm_86 and sm_89.
+template <int kDim_, bool kSmall_>
 struct BackwardConfig {
   static constexpr int kDim = kDim_;
-  // Accumulators of dK and dV fill the registers: 32 keys a warp up to 64 columns, 16 up to 128; beyond that two
-  // warps share their keys, compute S and dP both, and own half of the columns each.
-  static constexpr int kWarps = kDim <= 64 ? 4 : 8, kThreads = 32 * kWarps;
-  static constexpr int kKeyTiles = kDim <= 64 ? 2 : 1;  // of 16 keys, for each warp
-  static constexpr int kSplit = kDim <= 128 ? 1 : 2;    // warps that share their keys
+  static constexpr bool kSmall = kSmall_;
+  static constexpr int kSplit = kDim <= 64 ? 1 : 2;  // warps that share their keys
+  static constexpr int kWarps = kDim <= 64 || (kSmall && kDim == 256) ? 4 : 8, kThreads = 32 * kWarps;
+  static constexpr int kKeyTiles = kDim <= 64 || (!kSmall && kDim <= 128) ? 2 : 1;  // of 16 keys, for each warp
   static constexpr int kKeys = 16 * kKeyTiles * kWarps / kSplit;
-  static constexpr int kQueries = kDim <= 128 ? 64 : 32;     // of a step
-  static constexpr int kChunk = kDim <= 64 ? 32 : kQueries;  // queries whose scores are in registers at once
+  static constexpr int kQueries = kDim <= 128 ? 64 : 32;               // of a step
+  static constexpr int kChunk = kDim == 192 || kDim == 256 ? 16 : 32;  // whose scores a warp has in registers at once
+  static constexpr int kStages = kSmall && kDim > 64 ? 1 : 2;          // buffers of queries and dO
   static constexpr int kBlocksPerSm = kDim <= 64 ? 2 : 1;
   // A warp's part of dQ.
-  static constexpr int kDqRows = kDim % 64 == 0 && kDim != 192 ? 32 : 16, kDqCols = kDqRows == 32 ? 32 : 48;
+  static constexpr int kDqRows = kDim % 64 == 0 && kDim != 192 ? 32 : 16;
+  static constexpr int kDqCols = kQueries / kDqRows * kDim / kWarps;
 
   using KeyTile = SharedTile<kKeys, kDim>;
   using QueryTile = SharedTile<kQueries, kDim>;
   using ScoreTile = SharedTile<kKeys, kQueries>;
-  static constexpr int kTileBytes = 2 * KeyTile::kBytes + 4 * QueryTile::kBytes + 2 * ScoreTile::kBytes;
-  static constexpr int kStatisticsBytes = 2 * kQueries * int(sizeof(float2));
+  static constexpr int kScoreBuffers = kSplit == 1 ? 2 : 3;  // two of dS; where warps share, one of P
+  static constexpr int kTileBytes =
+      2 * KeyTile::kBytes + 2 * kStages * QueryTile::kBytes + kScoreBuffers * ScoreTile::kBytes;
+  static constexpr int kStatisticsBytes = 2 * 2 * kQueries * int(sizeof(float));
+  static constexpr int kSharedBytes = kTileBytes + kStatisticsBytes + int(sizeof(BackwardFacts));
 
-  static_assert((kQueries / kDqRows) * (kDim / kDqCols) == kWarps);
+  static_assert(kChunk * (kSplit == 1 ? 2 : kSplit) == kQueries && kDqCols % 16 == 0);
 };
 
 struct BackwardParams {
@@ -55,21 +72,17 @@ struct BackwardParams {
   const Tile* tiles;  // of keys
 };
 
-// What a block looks up now and then, kept out of its registers: they are full.
-struct BackwardFacts {
-  Mask mask;
-  Scores scores;  // of the first head: only the slope differs between heads
-};
-
 // One step of a block's walk: a query head of the group, a block of queries, and this block's turn to add to its dQ.
 struct Visit {
   int group, block, turn;
+  bool last;   // no other block adds to this dQ after this one
+  bool clear;  // every query sees every key
 };
 
 template <class T, class C>
 class BackwardBlock {
  public:
-  __device__ BackwardBlock(const BackwardParams& params, const BackwardFacts& facts, Tile tile, int kv_head,
+  __device__ BackwardBlock(const BackwardParams& params, BackwardFacts& facts, Tile tile, int kv_head,
                            unsigned char* shared)
       : params_(params),
         p_(params.call.problem),
@@ -77,167 +90,192 @@ class BackwardBlock {
         sequence_(tile.sequence),
         kv_head_(kv_head),
         key_block_(tile.block),
-        q_begin_(span_of(p_.cu_seqlens_q, p_.sequences, p_.total_q, tile.sequence).begin),
-        k_begin_(span_of(p_.cu_seqlens_k, p_.sequences, p_.total_k, tile.sequence).begin),
+        q_begin_(int32_t(span_of(p_.cu_seqlens_q, p_.sequences, p_.total_q, tile.sequence).begin)),
+        k_begin_(int32_t(span_of(p_.cu_seqlens_k, p_.sequences, p_.total_k, tile.sequence).begin)),
         lane_(threadIdx.x % 32),
         warp_(threadIdx.x / 32),
-        warp_key_(warp_ % (C::kWarps / C::kSplit) * 16 * C::kKeyTiles),
+        half_(C::kSplit == 1 ? 0 : warp_ / kKeyWarps),
+        warp_key_(warp_ % kKeyWarps * 16 * C::kKeyTiles),
         shared_k_(shared_address(shared)),
-        statistics_(reinterpret_cast<float2*>(shared + C::kTileBytes)) {}
+        statistics_(reinterpret_cast<float*>(shared + C::kTileBytes)) {}
 
   __device__ void run() {
     const QueryBlocks blocks(facts_.mask, key_block_ * C::kKeys, min((key_block_ + 1) * C::kKeys, facts_.mask.len_k),
                              C::kQueries);
     first_block_ = blocks.begin;
     blocks_end_ = blocks.end;
-    Visit next = advance({0, blocks_end_, 0}), now, before, before_that;
-    if (next.group < group_size()) {
-      load_keys();
-      load_queries(next, 0);
-      copy_async_commit();
-      store_statistics(load_statistics(next), 0);
-    }
+    table_begin_ = INT_MAX - C::kThreads;  // empty: holds no block
+    Visit before = {}, now = {}, next = advance({.group = 0, .block = blocks_end_});
     int i = 0;
     for (; next.group < group_size(); ++i) {
-      before_that = before;
+      if (i == 0) {
+        load_keys();
+        fetch(next, 0);
+      } else if (C::kStages == 1) {
+        __syncthreads();  // the buffer is no longer read
+        fetch(next, i);
+      }
       before = now;
       now = next;
+      next = advance(now);
       copy_async_wait<0>();
       __syncthreads();  // this step's tiles and the last step's dS are there; the other buffers are free
-      if (i > 1) pass(before_that);
-      next = advance(now);
-      const bool more = next.group < group_size();
-      float2 statistics;
-      if (more) {
-        load_queries(next, i + 1);
-        statistics = load_statistics(next);
-      }
-      copy_async_commit();
+      if (C::kStages == 2 && next.group < group_size()) fetch(next, i + 1);
       if (i > 0) accumulate_dq(before, i - 1);
-      step(now, i);
-      if (more) store_statistics(statistics, i + 1);
-    }
-    if (i > 0) {
-      __syncthreads();
-      if (i > 1) pass(before);
-      accumulate_dq(now, i - 1);
+      step(now, i, before);
     }
     __syncthreads();
-    if (i > 0) pass(now);
+    if (i > 0) {
+      accumulate_dq(now, i - 1);
+      pass(now);
+      __syncthreads();
+    }
     finish();
   }
 
  private:
   static constexpr int kCols = C::kDim / C::kSplit;  // of dK and dV that a warp owns
   static constexpr int kColTiles = kCols / 8, kScoreTiles = C::kChunk / 8;
+  static constexpr int kKeyWarps = C::kWarps / C::kSplit;
+  static constexpr int kUnlisted = -1, kLast = 1 << 30, kClear = 1 << 29;  // of facts_.visits
   using Accumulator = float[C::kKeyTiles][kColTiles][4];
   using Chunk = float[C::kKeyTiles][kScoreTiles][4];
 
   __device__ int group_size() const { return p_.heads / p_.kv_heads; }
   __device__ int head_of(Visit v) const { return kv_head_ * group_size() + v.group; }
   __device__ uint32_t shared_v() const { return shared_k_ + C::KeyTile::kBytes; }
-  __device__ uint32_t shared_q(int i) const { return shared_v() + C::KeyTile::kBytes + (i & 1) * C::QueryTile::kBytes; }
-  __device__ uint32_t shared_dout(int i) const { return shared_q(i) + 2 * C::QueryTile::kBytes; }
-  __device__ uint32_t shared_ds(int i) const {
-    return shared_v() + C::KeyTile::kBytes + 4 * C::QueryTile::kBytes + (i & 1) * C::ScoreTile::kBytes;
+  __device__ uint32_t shared_q(int i) const {
+    return shared_v() + C::KeyTile::kBytes + i % C::kStages * C::QueryTile::kBytes;
   }
+  __device__ uint32_t shared_dout(int i) const { return shared_q(i) + C::kStages * C::QueryTile::kBytes; }
+  __device__ uint32_t shared_ds(int i) const {
+    return shared_v() + C::KeyTile::kBytes + 2 * C::kStages * C::QueryTile::kBytes + i % 2 * C::ScoreTile::kBytes;
+  }
+  __device__ uint32_t shared_p() const { return shared_ds(0) + 2 * C::ScoreTile::kBytes; }
 
   // The next block of queries, downwards and then on to the next head, that lists this block of keys.
-  __device__ Visit advance(Visit v) const {
-    for (--v.block; v.group < group_size(); --v.block) {
-      if (v.block < first_block_) {
-        ++v.group;
+  __device__ Visit advance(Visit v) {
+    for (;;) {
+      if (--v.block < first_block_) {
+        if (++v.group == group_size()) return v;
         v.block = blocks_end_;
         continue;
       }
-      const int q0 = v.block * C::kQueries;
-      const KeyBlocks keys(facts_.mask, q0, min(q0 + C::kQueries, facts_.mask.len_q), C::kKeys);
-      v.turn = key_block_ < keys.sinks ? key_block_ : key_block_ - keys.first + keys.sinks;
-      const bool listed = key_block_ < keys.sinks || (key_block_ >= keys.first && v.turn < keys.count);
-      if (listed) break;
+      if (v.block < table_begin_ || v.block >= table_begin_ + C::kThreads) fill_table(v.block + 1 - C::kThreads);
+      const int entry = facts_.visits[v.block - table_begin_];
+      if (entry == kUnlisted) continue;
+      v.turn = entry & ~(kLast | kClear);
+      v.last = entry & kLast;
+      v.clear = entry & kClear;
+      return v;
     }
-    return v;
   }
 
+  // What advance() needs to know of kThreads blocks of queries, worked out by a thread each.
+  __device__ void fill_table(int begin) {
+    __syncthreads();  // the old one is no longer read
+    table_begin_ = begin;
+    const Mask& mask = facts_.mask;
+    const int q0 = (begin + int(threadIdx.x)) * C::kQueries, q1 = min(q0 + C::kQueries, mask.len_q);
+    int entry = kUnlisted;
+    if (q0 >= 0 && q0 < q1) {
+      const KeyBlocks keys(mask, q0, q1, C::kKeys);
+      const int turn = key_block_ < keys.sinks ? key_block_ : key_block_ - keys.first + keys.sinks;
+      if (key_block_ < keys.sinks || (key_block_ >= keys.first && turn < keys.count)) {
+        const bool clear = VisibleKeys(mask, q0, q1).hold(key_block_ * C::kKeys, (key_block_ + 1) * C::kKeys);
+        entry = turn | (turn + 1 >= keys.count ? kLast : 0) | (clear ? kClear : 0);
+      }
+    }
+    facts_.visits[threadIdx.x] = entry;
+    __syncthreads();
+  }
+
+  // Each warp waits for its namesake in the block before, not for the whole block.
   __device__ int* counter(Visit v) const {
     const int64_t slot = q_begin_ / C::kQueries + sequence_ + v.block;
-    return params_.scratch.turns + head_of(v) * turn_slots(p_, C::kDim) + slot;
+    return params_.scratch.turns + (head_of(v) * turn_slots(p_, C::kDim) + slot) * C::kWarps + warp_;
   }
   __device__ void pass(Visit v) const {
-    if (threadIdx.x == 0 && facts_.mask.len_k > C::kKeys) pass_turn(counter(v));
+    if (!v.last) pass_turn(counter(v), v.turn + 1);
   }
 
   __device__ void load_keys() const {
-    const auto rows = [&](const Packed& x) {
-      return static_cast<const T*>(x.data) + k_begin_ * x.token + kv_head_ * x.head;
-    };
     using Loader = TileLoader<T, typename C::KeyTile, C::kThreads>;
-    Loader(rows(p_.k), p_.k.token, facts_.mask.len_k, p_.dim).load(shared_k_, key_block_ * C::kKeys);
-    Loader(rows(p_.v), p_.v.token, facts_.mask.len_k, p_.dim_v).load(shared_v(), key_block_ * C::kKeys);
+    const int first = key_block_ * C::kKeys;
+    Loader(p_.k, kv_head_, p_.dim).load(shared_k_, k_begin_, first, facts_.mask.len_k);
+    Loader(p_.v, kv_head_, p_.dim_v).load(shared_v(), k_begin_, first, facts_.mask.len_k);
   }
 
-  __device__ void load_queries(Visit v, int i) const {
-    const auto rows = [&](const Packed& x) {
-      return static_cast<const T*>(x.data) + q_begin_ * x.token + head_of(v) * x.head;
-    };
+  // Starts copying a step's queries, dO, lse and delta. Rows outside the sequence become zeros, which add nothing.
+  __device__ void fetch(Visit v, int i) const {
     using Loader = TileLoader<T, typename C::QueryTile, C::kThreads>;
-    const Packed& dout = params_.call.dout;
-    Loader(rows(p_.q), p_.q.token, facts_.mask.len_q, p_.dim).load(shared_q(i), v.block * C::kQueries);
-    Loader(rows(dout), dout.token, facts_.mask.len_q, p_.dim_v).load(shared_dout(i), v.block * C::kQueries);
-  }
-
-  // lse and D of the step's query number threadIdx.x; a row outside the sequence has no weight.
-  __device__ float2 load_statistics(Visit v) const {
-    const int query = v.block * C::kQueries + threadIdx.x;
-    if (threadIdx.x >= C::kQueries || query >= facts_.mask.len_q) return {INFINITY, 0.0f};
-    const int64_t row = head_of(v) * p_.total_q + q_begin_ + query;
-    return {params_.scratch.lse[row], params_.scratch.delta[row]};
-  }
-  __device__ void store_statistics(float2 x, int i) const {
-    if (threadIdx.x < C::kQueries) statistics_[(i & 1) * C::kQueries + threadIdx.x] = x;
-  }
-
-  __device__ void step(Visit v, int i) {
-#pragma unroll
-    for (int chunk = 0; chunk < C::kQueries; chunk += C::kChunk) {
-      Chunk s = {}, dp = {};
-      multiply_transposed(s, shared_k_, shared_q(i), chunk);
-      multiply_transposed(dp, shared_v(), shared_dout(i), chunk);
-      differentiate(s, dp, v, i, chunk);
-      accumulate(dv_, s, shared_dout(i), chunk);
-      store_ds(dp, i, chunk);
-      accumulate(dk_, dp, shared_q(i), chunk);
+    const int first = v.block * C::kQueries;
+    Loader(p_.q, head_of(v), p_.dim).load(shared_q(i), q_begin_, first, facts_.mask.len_q);
+    Loader(params_.call.dout, head_of(v), p_.dim_v).load(shared_dout(i), q_begin_, first, facts_.mask.len_q);
+    if (threadIdx.x < 2 * C::kQueries) {
+      const int query = first + threadIdx.x % C::kQueries;
+      const float* from = threadIdx.x < C::kQueries ? params_.scratch.lse : params_.scratch.delta;
+      copy_async_4(shared_address(statistics(i) + threadIdx.x), from + head_of(v) * p_.total_q + q_begin_ + query,
+                   query < facts_.mask.len_q);
     }
+    copy_async_commit();
+  }
+  __device__ float* statistics(int i) const { return statistics_ + i % 2 * 2 * C::kQueries; }
+
+  __device__ void step(Visit v, int i, Visit before) {
+    if (C::kSplit == 1) {
+#pragma unroll
+      for (int chunk = 0; chunk < C::kQueries; chunk += C::kChunk) {
+        Chunk s = {}, dp = {};
+        score(s, dp, v, i, chunk);
+        store(shared_ds(i), dp, chunk);
+        accumulate(dv_, s, shared_dout(i), chunk);
+        accumulate(dk_, dp, shared_q(i), chunk);
+        if (i > 0 && chunk == 0) pass(before);
+      }
+    } else {
+      const int mine = half_ * C::kChunk, other = C::kChunk - mine;
+      Chunk s = {}, dp = {};
+      score(s, dp, v, i, mine);
+      store(shared_p(), s, mine);
+      store(shared_ds(i), dp, mine);
+      if (i > 0 && half_ == 0) pass(before);  // each of the two warps of a scheduler at another time
+      accumulate(dv_, s, shared_dout(i), mine);
+      accumulate(dk_, dp, shared_q(i), mine);
+      if (i > 0 && half_ == 1) pass(before);
+      asm volatile("bar.sync %0, 64;" ::"r"(1 + warp_ % kKeyWarps) : "memory");  // the two warps of these keys
+      accumulate(dv_, shared_p(), shared_dout(i), other);
+      accumulate(dk_, shared_ds(i), shared_q(i), other);
+    }
+  }
+
+  // P and dS of this warp's keys and a chunk of queries.
+  __device__ void score(Chunk& p, Chunk& ds, Visit v, int i, int chunk) const {
+    multiply_transposed(p, shared_k_, shared_q(i), chunk);
+    multiply_transposed(ds, shared_v(), shared_dout(i), chunk);
+    differentiate(p, ds, v, i, chunk);
   }
 
   // s += A B^T for this warp's rows of A and a chunk of the rows of B.
   __device__ void multiply_transposed(Chunk& s, uint32_t shared_a, uint32_t shared_b, int chunk) const {
-    const uint32_t a_part = rows_first(lane_), b_part = columns_first(lane_);
+    const int lane = afresh(lane_);
+    const uint32_t a_part = rows_first(lane), b_part = columns_first(lane);
+    multiply<T, C::kDim / 16, AHEAD_S>(
+        s,
+        [&](auto& a, int k) {
 #pragma unroll
-    for (int k = 0; k < C::kDim / 16; ++k) {
-      uint32_t a[C::kKeyTiles][4];
-#pragma unroll
-      for (int m = 0; m < C::kKeyTiles; ++m) {
-        load_matrix_x4(a[m], fragment<typename C::KeyTile>(shared_a, a_part, warp_key_ + 16 * m, k));
-      }
-#pragma unroll
-      for (int n = 0; n < kScoreTiles; n += 2) {
-        uint32_t b[4];
-        load_matrix_x4(b, fragment<typename C::QueryTile>(shared_b, b_part, chunk + 8 * n, k));
-#pragma unroll
-        for (int m = 0; m < C::kKeyTiles; ++m) {
-          mma_16x8x16<T>(s[m][n], a[m], b[0], b[1]);
-          mma_16x8x16<T>(s[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+          for (int m = 0; m < C::kKeyTiles; ++m) {
+            load_matrix_x4(a[m], fragment<typename C::KeyTile>(shared_a, a_part, warp_key_ + 16 * m, k));
+          }
+        },
+        [&](auto& b, int k, int n) {
+          load_matrix_x4(b, fragment<typename C::QueryTile>(shared_b, b_part, chunk + 16 * n, k));
+        });
   }
 
   // s becomes P, dp becomes dS.
   __device__ void differentiate(Chunk& s, Chunk& dp, Visit v, int i, int chunk) const {
     const int first_query = v.block * C::kQueries + chunk, first_key = key_block_ * C::kKeys;
-    const int query_end = min(first_query + C::kChunk, facts_.mask.len_q);
-    const bool all = facts_.mask.all_visible(first_query, query_end, first_key, first_key + C::kKeys);
     const auto key_of = [&](int m, int e) { return first_key + warp_key_ + 16 * m + lane_ / 4 + 8 * (e / 2); };
     const auto query_of = [&](int n, int e) { return first_query + 8 * n + lane_ % 4 * 2 + e % 2; };
     const auto for_each = [&](const auto& f) {
@@ -258,68 +296,76 @@ class BackwardBlock {
       if (p_.alibi_slopes) scores.slope = static_cast<const float*>(p_.alibi_slopes)[head_of(v)] * kLog2e;
       for_each([&](float& x, float& y, int query, int key, int n, int e) {
         // y - D is scaled by the softcap's slope, here where the score is still at hand.
-        const float slope = scores.derivative(x), d = statistics_[(i & 1) * C::kQueries + chunk + query_in(n, e)].y;
+        const float slope = scores.derivative(x), d = statistics(i)[C::kQueries + chunk + query_in(n, e)];
         y = fmaf(slope, y - d, d);
         x = scores.transform(x, abs(query + facts_.mask.shift - key));
       });
     }
-    if (!all) {
-      for_each([&](float& x, float&, int query, int key, int, int) {
-        if (!facts_.mask.visible(query, key)) x = -INFINITY;
-      });
+    if (!v.clear) {
+#pragma unroll
+      for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const VisibleKeys keys(facts_.mask, query_of(n, c), query_of(n, c) + 1);
+#pragma unroll
+          for (int m = 0; m < C::kKeyTiles; ++m) {
+#pragma unroll
+            for (int e = c; e < 4; e += 2) {
+              if (!keys.hold(key_of(m, e))) s[m][n][e] = -INFINITY;
+            }
+          }
+        }
+      }
     }
-    const float2* statistics = statistics_ + (i & 1) * C::kQueries + chunk;
+    const float* lse = statistics(i) + chunk;
+    const float* delta = lse + C::kQueries;
 #pragma unroll
     for (int n = 0; n < kScoreTiles; ++n) {
-      const float4 two = *reinterpret_cast<const float4*>(statistics + query_in(n, 0));  // of both of its queries
+      const float2 l = *reinterpret_cast<const float2*>(lse + query_in(n, 0));
+      const float2 d = *reinterpret_cast<const float2*>(delta + query_in(n, 0));
 #pragma unroll
       for (int m = 0; m < C::kKeyTiles; ++m) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const float p = exp2_approx(s[m][n][e] - (e % 2 ? two.z : two.x));
+          const float p = exp2_approx(s[m][n][e] - (e % 2 ? l.y : l.x));
           s[m][n][e] = p;
-          dp[m][n][e] = p * (dp[m][n][e] - (e % 2 ? two.w : two.y));
+          dp[m][n][e] = p * (dp[m][n][e] - (e % 2 ? d.y : d.x));
         }
       }
     }
   }
   __device__ int query_in(int n, int e) const { return 8 * n + lane_ % 4 * 2 + e % 2; }
 
-  // The A operand for rows 16 * m of the product over queries 16 * k of the chunk.
-  __device__ static void pack(uint32_t (&a)[4], const Chunk& x, int m, int k) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float(&pair)[4] = x[m][2 * k + j / 2];
-      a[j] = pack_halves<T>(pair[j % 2 * 2], pair[j % 2 * 2 + 1]);
-    }
-  }
-
   // sum += x B for this warp's keys and columns; rows of B are the chunk's queries.
   __device__ void accumulate(Accumulator& sum, const Chunk& x, uint32_t shared_b, int chunk) const {
-    const uint32_t b_part = rows_first(lane_);
-    const int first_col = C::kSplit == 1 ? 0 : warp_ / (C::kWarps / C::kSplit) * (kCols / 16);
+    accumulate(sum, shared_b, chunk, [&](auto& a, int k) {
 #pragma unroll
-    for (int k = 0; k < C::kChunk / 16; ++k) {
-      uint32_t a[C::kKeyTiles][4];
-#pragma unroll
-      for (int m = 0; m < C::kKeyTiles; ++m) pack(a[m], x, m, k);
-#pragma unroll
-      for (int n = 0; n < kColTiles; n += 2) {
-        uint32_t b[4];
-        load_matrix_x4_transposed(b,
-                                  fragment<typename C::QueryTile>(shared_b, b_part, chunk + 16 * k, first_col + n / 2));
-#pragma unroll
-        for (int m = 0; m < C::kKeyTiles; ++m) {
-          mma_16x8x16<T>(sum[m][n], a[m], b[0], b[1]);
-          mma_16x8x16<T>(sum[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+      for (int m = 0; m < C::kKeyTiles; ++m) pack_fragment<T>(a[m], x[m], k);
+    });
   }
 
-  // dS^T into shared memory as it lies in registers: a row a key.
-  __device__ void store_ds(const Chunk& ds, int i, int chunk) const {
-    if (C::kSplit > 1 && warp_ >= C::kWarps / C::kSplit) return;  // the other warp has the same
+  // The same where the other warp of these keys has left x in shared memory.
+  __device__ void accumulate(Accumulator& sum, uint32_t shared_x, uint32_t shared_b, int chunk) const {
+    const uint32_t a_part = rows_first(afresh(lane_));
+    accumulate(sum, shared_b, chunk, [&](auto& a, int k) {
+#pragma unroll
+      for (int m = 0; m < C::kKeyTiles; ++m) {
+        load_matrix_x4(a[m], fragment<typename C::ScoreTile>(shared_x, a_part, warp_key_ + 16 * m, chunk / 16 + k));
+      }
+    });
+  }
+
+  template <class LoadA>
+  __device__ void accumulate(Accumulator& sum, uint32_t shared_b, int chunk, const LoadA& load_a) const {
+    const uint32_t b_part = rows_first(afresh(lane_));
+    multiply<T, C::kChunk / 16, AHEAD_K>(sum, load_a, [&](auto& b, int k, int n) {
+      const int col = half_ * (kCols / 16) + n;
+      load_matrix_x4_transposed(b, fragment<typename C::QueryTile>(shared_b, b_part, chunk + 16 * k, col));
+    });
+  }
+
+  // P^T or dS^T into shared memory as it lies in registers: a row a key.
+  __device__ void store(uint32_t tile, const Chunk& x, int chunk) const {
 #pragma unroll
     for (int m = 0; m < C::kKeyTiles; ++m) {
 #pragma unroll
@@ -327,8 +373,8 @@ class BackwardBlock {
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
           const int row = warp_key_ + 16 * m + 8 * r + lane_ / 4;
-          const uint32_t address = shared_ds(i) + C::ScoreTile::offset(row, chunk / 8 + n) + lane_ % 4 * 4;
-          const uint32_t halves = pack_halves<T>(ds[m][n][2 * r], ds[m][n][2 * r + 1]);
+          const uint32_t address = tile + C::ScoreTile::offset(row, chunk / 8 + n) + lane_ % 4 * 4;
+          const uint32_t halves = pack_halves<T>(x[m][n][2 * r], x[m][n][2 * r + 1]);
           asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(halves) : "memory");
         }
       }
@@ -340,27 +386,24 @@ class BackwardBlock {
   __device__ void accumulate_dq(Visit v, int i) const {
     constexpr int kRowTiles = C::kDqRows / 16, kTiles = C::kDqCols / 8, kAcross = C::kDim / C::kDqCols;
     const int row0 = warp_ / kAcross * C::kDqRows, col0 = warp_ % kAcross * C::kDqCols;
+    const int* const turns = counter(v);
+    int turn = v.turn == 0 ? 0 : look_at(turns);  // looked at early: the answer is there when the sums are
     float dq[kRowTiles][kTiles][4] = {};
-    const uint32_t a_part = columns_first(lane_), b_part = rows_first(lane_);
+    const int lane = afresh(lane_);
+    const uint32_t a_part = columns_first(lane), b_part = rows_first(lane);
+    multiply<T, C::kKeys / 16, AHEAD_Q>(
+        dq,
+        [&](auto& a, int k) {
 #pragma unroll
-    for (int k = 0; k < C::kKeys / 16; ++k) {
-      uint32_t a[kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < kRowTiles; ++m) {
-        load_matrix_x4_transposed(a[m], fragment<typename C::ScoreTile>(shared_ds(i), a_part, 16 * k, row0 / 16 + m));
-      }
-#pragma unroll
-      for (int n = 0; n < kTiles; n += 2) {
-        uint32_t b[4];
-        load_matrix_x4_transposed(b, fragment<typename C::KeyTile>(shared_k_, b_part, 16 * k, col0 / 16 + n / 2));
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) {
-          mma_16x8x16<T>(dq[m][n], a[m], b[0], b[1]);
-          mma_16x8x16<T>(dq[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
-    if (v.turn > 0) await_turn(counter(v), v.turn);
+          for (int m = 0; m < kRowTiles; ++m) {
+            load_matrix_x4_transposed(a[m],
+                                      fragment<typename C::ScoreTile>(shared_ds(i), a_part, 16 * k, row0 / 16 + m));
+          }
+        },
+        [&](auto& b, int k, int n) {
+          load_matrix_x4_transposed(b, fragment<typename C::KeyTile>(shared_k_, b_part, 16 * k, col0 / 16 + n));
+        });
+    while (turn < v.turn) turn = look_at(turns);
     float* rows = params_.scratch.dq + (head_of(v) * p_.total_q + q_begin_) * C::kDim + col0 + lane_ % 4 * 4;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -392,7 +435,7 @@ class BackwardBlock {
   }
 
   __device__ void stage(const Accumulator& sum, uint32_t tile, float by) const {
-    const int first_col = C::kSplit == 1 ? 0 : warp_ / (C::kWarps / C::kSplit) * kColTiles;
+    const int first_col = half_ * kColTiles;
 #pragma unroll
     for (int m = 0; m < C::kKeyTiles; ++m) {
 #pragma unroll
@@ -417,20 +460,20 @@ class BackwardBlock {
       asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                    : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                    : "r"(tile + C::KeyTile::offset(row, chunk)));
-      T* to = static_cast<T*>(out) + ((k_begin_ + key) * p_.kv_heads + kv_head_) * dim + chunk * 8;
+      T* to = static_cast<T*>(out) + ((int64_t(k_begin_) + key) * p_.kv_heads + kv_head_) * dim + chunk * 8;
       *reinterpret_cast<uint4*>(to) = x;
     }
   }
 
   const BackwardParams& params_;
   const AttentionProblem& p_;
-  const BackwardFacts& facts_;
+  BackwardFacts& facts_;
   const int sequence_, kv_head_, key_block_;
-  const int64_t q_begin_, k_begin_;
-  const int lane_, warp_, warp_key_;
+  const int32_t q_begin_, k_begin_;
+  const int lane_, warp_, half_, warp_key_;
   const uint32_t shared_k_;
-  float2* const statistics_;
-  int first_block_, blocks_end_;
+  float* const statistics_;  // lse, then delta, of a step's queries; two buffers
+  int first_block_, blocks_end_, table_begin_;
 
   Accumulator dk_ = {}, dv_ = {};
 };
@@ -471,14 +514,22 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   BackwardBlock<T, C>(params, facts, tile, kv_head, shared).run();
 }
 
+template <class T, class C>
+void launch_backward(const BackwardParams& params, int64_t places, cudaStream_t stream) {
+  launch("attention backward", backward_kernel<T, C>, places * params.call.problem.kv_heads, C::kThreads,
+         C::kSharedBytes, stream, params);
+}
+
 template <class T, int kDim>
-void backward(const AttentionBackward& call, const BackwardScratch& scratch, const Tile* key_tiles, int64_t places,
-              cudaStream_t stream) {
-  using C = BackwardConfig<kDim>;
-  static_assert(C::kKeys == backward_rows(kDim) && C::kQueries == turn_rows(kDim));
-  launch("attention backward", backward_kernel<T, C>, places * call.problem.kv_heads, C::kThreads,
-         C::kTileBytes + C::kStatisticsBytes + sizeof(BackwardFacts), stream,
-         {.call = call, .scratch = scratch, .tiles = key_tiles});
+void backward(const AttentionBackward& call, const BackwardScratch& scratch, bool small, const Tile* key_tiles,
+              int64_t places, cudaStream_t stream) {
+  const BackwardParams params = {.call = call, .scratch = scratch, .tiles = key_tiles};
+  dispatch<false, true>("small", small, [&](auto small_c) {
+    using C = BackwardConfig<kDim, small_c && kDim != 64>;
+    static_assert(C::kKeys == backward_rows(kDim, small_c) && C::kQueries == turn_rows(kDim));
+    static_assert(C::kSharedBytes <= (C::kSmall || kDim == 64 ? 99 * 1024 : kLargeShared));
+    launch_backward<T, C>(params, places, stream);
+  });
 }
 
 }  // namespace packseq::sm80

@@ -34,8 +34,9 @@ struct ForwardConfig {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;  // of 16 rows, for each warp
   static constexpr int kQueries = 16 * kRowTiles * kWarps;
-  static constexpr int kKeys = kDim <= 128 ? 64 : 32;
-  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kKeys = kDim == 64 ? PACKSEQ_D64_KEYS : kDim <= 128 ? 64 : 32;
+  static constexpr int kBlocksPerSm = kDim == 64 ? BPS64 : 2;
+  static constexpr bool kHoldQueries = kDim == 64 && QREG;
   static constexpr float kStale = 8.0f;  // how far, in powers of two, a row's maximum may lag
 
   using QueryTile = SharedTile<kQueries, kDim>;
@@ -53,6 +54,7 @@ struct ForwardFacts {
   Mask mask;
   Scores scores;
   KeyBlocks blocks;
+  VisibleKeys clear;  // of all of the block's queries: no need to mask tiles that lie within
 };
 
 template <class T, class C>
@@ -62,8 +64,8 @@ class ForwardBlock {
                           uint32_t shared)
       : p_(problem),
         facts_(facts),
-        q_begin_(span_of(p_.cu_seqlens_q, p_.sequences, p_.total_q, tile.sequence).begin),
-        k_begin_(span_of(p_.cu_seqlens_k, p_.sequences, p_.total_k, tile.sequence).begin),
+        q_begin_(int32_t(span_of(p_.cu_seqlens_q, p_.sequences, p_.total_q, tile.sequence).begin)),
+        k_begin_(int32_t(span_of(p_.cu_seqlens_k, p_.sequences, p_.total_k, tile.sequence).begin)),
         head_(head),
         first_query_(tile.block * C::kQueries),
         lane_(threadIdx.x % 32),
@@ -74,31 +76,51 @@ class ForwardBlock {
     for (auto& row : max_) row[0] = row[1] = -INFINITY;
   }
 
+  // Starts copying the queries: to be called before the facts are there.
+  __device__ void load_queries(int len_q) {
+    const TileLoader<T, typename C::QueryTile, C::kThreads> queries(p_.q, head_, p_.dim);
+    queries.load(shared_q_, q_begin_, first_query_, len_q);
+  }
+
   __device__ void run(const AttentionForward& call) {
     const int kv_head = head_ / (p_.heads / p_.kv_heads);
-    const TileLoader<T, typename C::KeyTile, C::kThreads> keys(rows(p_.k, k_begin_, kv_head), p_.k.token,
-                                                               facts_.mask.len_k, p_.dim);
-    const TileLoader<T, typename C::KeyTile, C::kThreads> values(rows(p_.v, k_begin_, kv_head), p_.v.token,
-                                                                 facts_.mask.len_k, p_.dim_v);
+    const TileLoader<T, typename C::KeyTile, C::kThreads> keys(p_.k, kv_head, p_.dim), values(p_.v, kv_head, p_.dim_v);
+    const auto fetch = [&](int i, int first_key) {
+      keys.load(shared_k(i), k_begin_, first_key, facts_.mask.len_k);
+      values.load(shared_v(i), k_begin_, first_key, facts_.mask.len_k);
+    };
     const int count = facts_.blocks.count;
-    if (count > 0) {
-      const TileLoader<T, typename C::QueryTile, C::kThreads> queries(rows(p_.q, q_begin_, head_), p_.q.token,
-                                                                      facts_.mask.len_q, p_.dim);
-      queries.load(shared_q_, first_query_);
-      keys.load(shared_k(0), facts_.blocks[0] * C::kKeys);
-      values.load(shared_v(0), facts_.blocks[0] * C::kKeys);
+#if NEXT
+    int now = 0, next = facts_.blocks[0] * C::kKeys;
+    if (count > 0) fetch(0, next);
+    copy_async_commit();
+
+    for (int i = 0; i < count; ++i) {
+      now = next;
+      next = facts_.blocks[i + 1] * C::kKeys;
+      copy_async_wait<0>();
+      __syncthreads();  // this step's tiles are there, and the other buffers are no longer read
+      if (i + 1 < count) fetch(i + 1, next);
+      if (C::kHoldQueries && i == 0) hold_queries();
+      copy_async_commit();
+      step(i, now);
     }
+#else
+    if (count > 0) fetch(0, facts_.blocks[0] * C::kKeys);
     copy_async_commit();
 
     for (int i = 0; i < count; ++i) {
       copy_async_wait<0>();
       __syncthreads();  // this step's tiles are there, and the other buffers are no longer read
-      if (i + 1 < count) {
-        keys.load(shared_k(i + 1), facts_.blocks[i + 1] * C::kKeys);
-        values.load(shared_v(i + 1), facts_.blocks[i + 1] * C::kKeys);
-      }
+      if (i + 1 < count) fetch(i + 1, facts_.blocks[i + 1] * C::kKeys);
+      if (C::kHoldQueries && i == 0) hold_queries();
       copy_async_commit();
       step(i, facts_.blocks[i] * C::kKeys);
+    }
+#endif
+    if (count == 0) {  // the queries' copies may be under way still, to where the output will be staged
+      copy_async_wait<0>();
+      __syncthreads();
     }
     finish(call);
   }
@@ -106,9 +128,6 @@ class ForwardBlock {
  private:
   static constexpr int kScoreTiles = C::kKeys / 8, kOutTiles = C::kDim / 8;
 
-  __device__ static const T* rows(const Packed& x, int64_t begin, int head) {
-    return static_cast<const T*>(x.data) + begin * x.token + head * x.head;
-  }
   __device__ uint32_t shared_k(int i) const { return shared_kv_ + (i & 1) * C::KeyTile::kBytes; }
   __device__ uint32_t shared_v(int i) const { return shared_kv_ + (2 + (i & 1)) * C::KeyTile::kBytes; }
   // The query that element e (0 .. 3) of row tile m belongs to; its key within the tile, of score tile n.
@@ -123,14 +142,29 @@ class ForwardBlock {
         x = facts_.scores.transform(x, abs(query + facts_.mask.shift - (first_key + key)));
       });
     }
-    const int end = min(first_query_ + C::kQueries, facts_.mask.len_q);
-    if (!facts_.mask.all_visible(first_query_, end, first_key, first_key + C::kKeys)) {
-      for_each(s, [&](float& x, int query, int key) {
-        if (!facts_.mask.visible(query, first_key + key)) x = -INFINITY;
-      });
+    if (!facts_.clear.hold(first_key, first_key + C::kKeys)) {
+      hide(s, first_key);
     }
     softmax(s, facts_.scores.factor);
     multiply_values(s, shared_v(i));
+  }
+
+  __device__ void hide(float (&s)[C::kRowTiles][kScoreTiles][4], int first_key) const {
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int query = query_of(m, 2 * r);
+        const VisibleKeys keys(facts_.mask, query, query + 1);
+#pragma unroll
+        for (int n = 0; n < kScoreTiles; ++n) {
+#pragma unroll
+          for (int e = 2 * r; e < 2 * r + 2; ++e) {
+            if (!keys.hold(first_key + key_of(n, e))) s[m][n][e] = -INFINITY;
+          }
+        }
+      }
+    }
   }
 
   template <class F>
@@ -147,52 +181,47 @@ class ForwardBlock {
 
   // S += Q K^T for this warp's rows.
   __device__ void multiply_keys(float (&s)[C::kRowTiles][kScoreTiles][4], uint32_t shared_k) const {
-    const uint32_t q_part = rows_first(lane_), k_part = columns_first(lane_);
+    const int lane = afresh(lane_);
+    const uint32_t q_part = rows_first(lane), k_part = columns_first(lane);
+    multiply<T, C::kDim / 16, AHEAD_F>(
+        s,
+        [&](auto& q, int k) {
 #pragma unroll
-    for (int k = 0; k < C::kDim / 16; ++k) {
-      uint32_t q[C::kRowTiles][4];
+          for (int m = 0; m < C::kRowTiles; ++m) {
+            if (C::kHoldQueries) {
 #pragma unroll
-      for (int m = 0; m < C::kRowTiles; ++m) {
-        load_matrix_x4(q[m], fragment<typename C::QueryTile>(shared_q_, q_part, warp_row_ + 16 * m, k));
-      }
+              for (int j = 0; j < 4; ++j) q[m][j] = held_[m][k][j];
+            } else {
+              load_query(q[m], q_part, m, k);
+            }
+          }
+        },
+        [&](auto& b, int k, int n) { load_matrix_x4(b, fragment<typename C::KeyTile>(shared_k, k_part, 16 * n, k)); });
+  }
+  __device__ void hold_queries() {
 #pragma unroll
-      for (int n = 0; n < kScoreTiles; n += 2) {
-        uint32_t b[4];
-        load_matrix_x4(b, fragment<typename C::KeyTile>(shared_k, k_part, 8 * n, k));
+    for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
-        for (int m = 0; m < C::kRowTiles; ++m) {
-          mma_16x8x16<T>(s[m][n], q[m], b[0], b[1]);
-          mma_16x8x16<T>(s[m][n + 1], q[m], b[2], b[3]);
-        }
-      }
+      for (int k = 0; k < C::kDim / 16; ++k)
+        load_query(held_[C::kHoldQueries ? m : 0][C::kHoldQueries ? k : 0], rows_first(lane_), m, k);
     }
+  }
+  __device__ void load_query(uint32_t (&q)[4], uint32_t q_part, int m, int k) const {
+    load_matrix_x4(q, fragment<typename C::QueryTile>(shared_q_, q_part, warp_row_ + 16 * m, k));
   }
 
   // O += P V, where s holds P.
   __device__ void multiply_values(const float (&s)[C::kRowTiles][kScoreTiles][4], uint32_t shared_v) {
-    const uint32_t v_part = rows_first(lane_);
+    const uint32_t v_part = rows_first(afresh(lane_));
+    multiply<T, C::kKeys / 16, AHEAD_F>(
+        out_,
+        [&](auto& p, int k) {
 #pragma unroll
-    for (int k = 0; k < C::kKeys / 16; ++k) {
-      uint32_t a[C::kRowTiles][4];
-#pragma unroll
-      for (int m = 0; m < C::kRowTiles; ++m) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float(&x)[4] = s[m][2 * k + j / 2];
-          a[m][j] = pack_halves<T>(x[j % 2 * 2], x[j % 2 * 2 + 1]);
-        }
-      }
-#pragma unroll
-      for (int n = 0; n < kOutTiles; n += 2) {
-        uint32_t b[4];
-        load_matrix_x4_transposed(b, fragment<typename C::KeyTile>(shared_v, v_part, 16 * k, n / 2));
-#pragma unroll
-        for (int m = 0; m < C::kRowTiles; ++m) {
-          mma_16x8x16<T>(out_[m][n], a[m], b[0], b[1]);
-          mma_16x8x16<T>(out_[m][n + 1], a[m], b[2], b[3]);
-        }
-      }
-    }
+          for (int m = 0; m < C::kRowTiles; ++m) pack_fragment<T>(p[m], s[m], k);
+        },
+        [&](auto& b, int k, int n) {
+          load_matrix_x4_transposed(b, fragment<typename C::KeyTile>(shared_v, v_part, 16 * k, n));
+        });
   }
 
   // Scores to P, in place; rows' maxima and sums brought up to date.
@@ -272,7 +301,7 @@ class ForwardBlock {
         const int query = query_of(m, 2 * r);
         if (lane_ % 4 == 0 && query < facts_.mask.len_q) {
           const float lse = sum == 0.0f ? -INFINITY : top * kLn2 + logf(sum);
-          static_cast<float*>(call.lse)[(q_begin_ + query) * p_.heads + head_] = lse;
+          static_cast<float*>(call.lse)[(int64_t(q_begin_) + query) * p_.heads + head_] = lse;
         }
         const int row = warp_row_ + 16 * m + 8 * r + lane_ / 4;
 #pragma unroll
@@ -292,18 +321,19 @@ class ForwardBlock {
       asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
                    : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                    : "r"(shared_q_ + C::QueryTile::offset(row, chunk)));
-      T* out = static_cast<T*>(call.out) + ((q_begin_ + query) * p_.heads + head_) * p_.dim_v + chunk * 8;
+      T* out = static_cast<T*>(call.out) + ((int64_t(q_begin_) + query) * p_.heads + head_) * p_.dim_v + chunk * 8;
       *reinterpret_cast<uint4*>(out) = x;
     }
   }
 
   const AttentionProblem& p_;
   const ForwardFacts& facts_;
-  const int64_t q_begin_, k_begin_;
+  const int32_t q_begin_, k_begin_;
   const int head_, first_query_, lane_, warp_row_;
   const uint32_t shared_q_, shared_kv_;
 
   float out_[C::kRowTiles][kOutTiles][4] = {};
+  uint32_t held_[C::kHoldQueries ? C::kRowTiles : 1][C::kHoldQueries ? C::kDim / 16 : 1][4];
   float sum_[C::kRowTiles][2] = {};  // this thread's part of each row's
   float max_[C::kRowTiles][2];       // each row's, before `factor`; may lag by kStale
 };
@@ -332,17 +362,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   const int head = blockIdx.x % p.heads;
   if (tile.sequence < 0) return;
   if (tile.sequence == p.sequences) return zero_slack<T, C>(params.call, tile.block, head);
-  const int64_t len_q = span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence).size();
-  if (p.causal)
-    tile.block = int((len_q - 1) / C::kQueries) - tile.block;  // the last queries see most: start them first
+  const int len_q = int(span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence).size());
+  if (p.causal) tile.block = (len_q - 1) / C::kQueries - tile.block;  // the last queries see most: start them first
   ForwardFacts& facts = *reinterpret_cast<ForwardFacts*>(shared + C::kTileBytes);
+  ForwardBlock<T, C> block(p, facts, tile, head, shared_address(shared));
+  block.load_queries(len_q);
   if (threadIdx.x == 0) {
     const Mask mask(p, len_q, span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence).size());
-    const int first = tile.block * C::kQueries;
-    facts = {mask, Scores(p, head), KeyBlocks(mask, first, min(first + C::kQueries, mask.len_q), C::kKeys)};
+    const int first = tile.block * C::kQueries, last = min(first + C::kQueries, mask.len_q);
+    facts = {mask, Scores(p, head), KeyBlocks(mask, first, last, C::kKeys), VisibleKeys(mask, first, last)};
   }
   __syncthreads();
-  ForwardBlock<T, C>(p, facts, tile, head, shared_address(shared)).run(params.call);
+  block.run(params.call);
 }
 
 template <class T, int kDim>

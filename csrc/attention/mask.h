@@ -38,12 +38,22 @@ struct Mask {
     const bool in_window = key >= window_begin(query) && key < window_end(query);
     return key < len_k && (in_window || (key < sink && key < hard_end(query)));
   }
+};
 
-  // Whether every query of [q0, q1) sees every key of [k0, k1).
-  PACKSEQ_HOST_DEVICE bool all_visible(int32_t q0, int32_t q1, int32_t k0, int32_t k1) const {
-    const bool in_window = k0 >= window_begin(q1 - 1) && k1 <= window_end(q0);
-    return k1 <= len_k && (in_window || (k1 <= sink && k1 <= hard_end(q0)));
+// The keys that every query of [q0, q1) sees: the window's, and those before `sinks`.
+struct VisibleKeys {
+  int32_t begin, end, sinks;
+
+  PACKSEQ_HOST_DEVICE VisibleKeys(const Mask& m, int32_t q0, int32_t q1) {
+    const auto clamp = [&](int64_t x) { return int32_t(x < 0 ? 0 : x > m.len_k ? m.len_k : x); };
+    const int32_t hard = clamp(m.hard_end(q0)), sink = clamp(m.sink);
+    begin = clamp(m.window_begin(q1 - 1));
+    end = clamp(m.window_end(q0));
+    sinks = hard < sink ? hard : sink;
   }
+
+  PACKSEQ_HOST_DEVICE bool hold(int32_t key) const { return (key >= begin && key < end) || key < sinks; }
+  PACKSEQ_HOST_DEVICE bool hold(int32_t k0, int32_t k1) const { return (k0 >= begin && k1 <= end) || k1 <= sinks; }
 };
 
 // The blocks of `size` keys that some query of [q0, q1) may see: the sinks' blocks, then the window's.

@@ -32,6 +32,34 @@ __device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&d)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// sum[16 kRows, 8 kColTiles] += A B over kDepth products of depth 16: load_a(a, k) fills A's fragments of all rows,
+// load_b(b, k, n) B's of columns 16 n .. 16 n + 16. kAhead: fragments are fetched one ahead of their use.
+template <class T, int kDepth, bool kAhead, int kRows, int kColTiles, class LoadA, class LoadB>
+__device__ __forceinline__ void multiply(float (&sum)[kRows][kColTiles][4], const LoadA& load_a, const LoadB& load_b) {
+  constexpr int kCols = kColTiles / 2;
+  uint32_t a[2][kRows][4], b[2][4];
+  if (kAhead) {
+    load_a(a[0], 0);
+    load_b(b[0], 0, 0);
+  }
+#pragma unroll
+  for (int i = 0; i < kDepth * kCols; ++i) {
+    const int k = i / kCols, n = i % kCols;
+    if (kAhead) {
+      if (i + 1 < kDepth * kCols) load_b(b[(i + 1) % 2], (i + 1) / kCols, (i + 1) % kCols);
+      if (n == 0 && k + 1 < kDepth) load_a(a[(k + 1) % 2], k + 1);
+    } else {
+      if (n == 0) load_a(a[k % 2], k);
+      load_b(b[i % 2], k, n);
+    }
+#pragma unroll
+    for (int m = 0; m < kRows; ++m) {
+      mma_16x8x16<T>(sum[m][2 * n], a[k % 2][m], b[i % 2][0], b[i % 2][1]);
+      mma_16x8x16<T>(sum[m][2 * n + 1], a[k % 2][m], b[i % 2][2], b[i % 2][3]);
+    }
+  }
+}
+
 // Two floats as two halves in one register, the first in the low bits.
 template <class T>
 __device__ __forceinline__ uint32_t pack_halves(float low, float high);
@@ -46,6 +74,16 @@ template <>
 __device__ __forceinline__ uint32_t pack_halves<__nv_bfloat16>(float low, float high) {
   const __nv_bfloat162 h = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(h);
+}
+
+// Columns 16 k .. 16 k + 16 of accumulators as an A fragment.
+template <class T, int kColTiles>
+__device__ __forceinline__ void pack_fragment(uint32_t (&a)[4], const float (&c)[kColTiles][4], int k) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float(&pair)[4] = c[2 * k + j / 2];
+    a[j] = pack_halves<T>(pair[j % 2 * 2], pair[j % 2 * 2 + 1]);
+  }
 }
 
 template <class T>

@@ -35,6 +35,13 @@ struct SharedTile {
   }
 };
 
+// The same value, but the compiler cannot tell: what is computed from it inside a loop stays there, and does not fill
+// registers that are needed all through the loop.
+__device__ __forceinline__ int afresh(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A thread's part of a 16 x 16 fragment's address. The four 8 x 8 matrices of an ldmatrix.x4 are either numbered down
 // the rows first (an A operand as it lies, or a B operand that lies [k][n] and is transposed on the way), or along
 // the columns first (a B operand that lies [n][k], or an A operand that lies [k][m] and is transposed).
@@ -50,7 +57,7 @@ __device__ __forceinline__ uint32_t columns_first(int lane) {
 // Address of the fragment whose first row is `row` (a multiple of 8) and whose first column is 16 * k.
 template <class Tile>
 __device__ __forceinline__ uint32_t fragment(uint32_t tile, uint32_t lane_part, int row, int k) {
-  return tile + (k / 4) * Tile::kPanelBytes + row * 128 + (lane_part ^ ((k % 4) << 5));
+  return tile + (k / 4) * Tile::kPanelBytes + row * 128 + (lane_part ^ ((k & 3) << 5));
 }
 
 }  // namespace packseq

@@ -6,21 +6,18 @@
 
 namespace packseq {
 
-// Returns, in every lane of the warp, once `counter` has reached `turn`.
-__device__ __forceinline__ void await_turn(const int* counter, int turn) {
-  if (threadIdx.x % 32 == 0) {
-    int now;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(now) : "l"(counter) : "memory");
-    } while (now < turn);
-  }
-  __syncwarp();
+// How far a counter has come. Additions made after it has reached one's turn come after those that were made before
+// it was passed on: both are performed in the L2, and pass_turn() waits until its warp's are.
+__device__ __forceinline__ int look_at(const int* counter) {
+  int turn;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(turn) : "l"(counter) : "memory");
+  return turn;
 }
 
-// To be called by one thread, after a barrier that follows the block's additions.
-__device__ __forceinline__ void pass_turn(int* counter) {
-  __threadfence();
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+// Says that the calling warp has made its additions, all lanes before any lane gets here.
+__device__ __forceinline__ void pass_turn(int* counter, int turn) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(turn) : "memory");
 }
 
 // Adds four floats to global memory, each exactly once; nobody waits for the outcome.

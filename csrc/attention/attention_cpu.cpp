@@ -1,0 +1,145 @@
+// Attention on the CPU: lays out the work and hands it to the kernels of the machine's instruction set.
+//
+// Work is cut by the sequence's own length, and every piece owns the rows that it writes. So the result depends
+// neither on the number of threads nor on what else is in the batch.
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "attention/attention.h"
+#include "attention/kernels_cpu.h"
+#include "attention/mask.h"
+#include "core/cpu/work_list.h"
+
+namespace packseq {
+
+namespace {
+
+AttentionKernels kernels_for(Dtype dtype) {
+#if PACKSEQ_X86_KERNELS
+  switch (cpu_isa()) {
+    case Isa::avx512:
+      return avx512::attention_kernels(dtype);
+    case Isa::avx2:
+      return avx2::attention_kernels(dtype);
+    case Isa::baseline:
+      break;
+  }
+#endif
+  return baseline::attention_kernels(dtype);
+}
+
+// One aligned piece of memory for each worker.
+class WorkerScratch {
+ public:
+  WorkerScratch(int workers, size_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
+    memory_.reset(static_cast<char*>(::operator new(bytes_* workers, kAlign)));
+  }
+  void* of(int64_t worker) const { return memory_.get() + worker * bytes_; }
+
+ private:
+  static constexpr std::align_val_t kAlign{4096};
+  struct Free {
+    void operator()(char* p) const { ::operator delete(p, kAlign); }
+  };
+  size_t bytes_;
+  std::unique_ptr<char, Free> memory_;
+};
+
+Span queries_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_q, p.sequences, p.total_q, i); }
+Span keys_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_k, p.sequences, p.total_k, i); }
+
+// Zeroes the rows of a contiguous [rows, width] tensor that no sequence owns.
+void clear_slack(void* x, Span slack, int64_t width, size_t element) {
+  if (slack.size() > 0) {
+    std::memset(static_cast<char*>(x) + slack.begin * width * element, 0, slack.size() * width * element);
+  }
+}
+
+// How many keys the queries q0 .. q1 may see, to the nearest block.
+double visible_keys(const Mask& mask, int32_t q0, int32_t q1) {
+  constexpr int32_t block = 64;
+  return double(KeyBlocks(mask, q0, q1, block).count) * block;
+}
+
+// Multiply-adds of a tile, and what loading its rows and keys is worth.
+double tile_cost(const AttentionProblem& p, const Mask& mask, int32_t q0, int32_t q1) {
+  const double rows = double(q1 - q0) * (p.heads / p.kv_heads), keys = visible_keys(mask, q0, q1);
+  return (p.dim + p.dim_v) * ((rows + 8) * keys + 32 * rows + 64);
+}
+
+struct Place {
+  int64_t sequence;
+  int32_t q0, q1;
+};
+
+}  // namespace
+
+void attention_forward(const AttentionForward& f, const Executor& executor) {
+  const AttentionProblem& p = f.problem;
+  const Span slack = queries_of(p, p.sequences);
+  const size_t stat = p.dtype == Dtype::f64 ? 8 : 4;
+  clear_slack(f.out, slack, int64_t(p.heads) * p.dim_v, size_of(p.dtype));
+  clear_slack(f.lse, slack, p.heads, stat);
+
+  WorkList<Place> work;
+  const int64_t rows = forward_tile_rows(p);
+  for (int64_t i = 0; i < p.sequences; ++i) {
+    const int64_t len_q = queries_of(p, i).size();
+    const Mask mask(p, len_q, keys_of(p, i).size());
+    const int32_t queries = queries_per_tile(p, len_q, rows);
+    for (int64_t q0 = 0; q0 < len_q; q0 += queries) {
+      const int32_t q1 = int32_t(q0 + queries < len_q ? q0 + queries : len_q);
+      work.add({i, int32_t(q0), q1}, tile_cost(p, mask, int32_t(q0), q1));
+    }
+  }
+  const AttentionKernels kernels = kernels_for(p.dtype);
+  const int workers = work.workers(executor, p.kv_heads);
+  const WorkerScratch scratch(workers, kernels.forward_scratch(p));
+  work.run(executor, workers, p.kv_heads, [&](const Place& at, int64_t kv_head, int64_t worker) {
+    const QueryTile tile{queries_of(p, at.sequence), keys_of(p, at.sequence), at.q0, at.q1, int(kv_head)};
+    kernels.forward(f, tile, scratch.of(worker));
+  });
+}
+
+void attention_backward(const AttentionBackward& b, const Executor& executor) {
+  const AttentionProblem& p = b.problem;
+  const Span slack_q = queries_of(p, p.sequences), slack_k = keys_of(p, p.sequences);
+  clear_slack(b.dq, slack_q, int64_t(p.heads) * p.dim, size_of(p.dtype));
+  clear_slack(b.dk, slack_k, int64_t(p.kv_heads) * p.dim, size_of(p.dtype));
+  clear_slack(b.dv, slack_k, int64_t(p.kv_heads) * p.dim_v, size_of(p.dtype));
+
+  WorkList<int64_t> work;
+  int64_t longest_k = 0;
+  for (int64_t i = 0; i < p.sequences; ++i) {
+    const int64_t len_q = queries_of(p, i).size(), len_k = keys_of(p, i).size();
+    if (!len_q && !len_k) continue;
+    longest_k = len_k > longest_k ? len_k : longest_k;
+    const Mask mask(p, len_q, len_k);
+    double cost = double(len_k) * (p.dim + p.dim_v);
+    for (int64_t q0 = 0; q0 < len_q; q0 += 512) {
+      cost += 2.5 * tile_cost(p, mask, int32_t(q0), int32_t(q0 + 512 < len_q ? q0 + 512 : len_q));
+    }
+    work.add(i, cost);
+  }
+  std::vector<double> dsinks(p.sinks ? p.sequences * p.heads : 0);
+  const AttentionKernels kernels = kernels_for(p.dtype);
+  const int workers = work.workers(executor, p.kv_heads);
+  const WorkerScratch scratch(workers, kernels.backward_scratch(p, longest_k));
+  work.run(executor, workers, p.kv_heads, [&](int64_t i, int64_t kv_head, int64_t worker) {
+    double* const parts = p.sinks ? dsinks.data() + i * p.heads : nullptr;
+    kernels.backward(b, {queries_of(p, i), keys_of(p, i), int(kv_head), parts}, scratch.of(worker));
+  });
+  for (int h = 0; p.sinks && h < p.heads; ++h) {
+    double sum = 0;
+    for (int64_t i = 0; i < p.sequences; ++i) sum += dsinks[i * p.heads + h];
+    if (p.dtype == Dtype::f64) {
+      static_cast<double*>(b.dsinks)[h] = sum;
+    } else {
+      static_cast<float*>(b.dsinks)[h] = float(sum);
+    }
+  }
+}
+
+}  // namespace packseq

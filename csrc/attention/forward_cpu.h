@@ -1,0 +1,231 @@
+// Forward attention of one query tile: an online softmax over blocks of keys.
+#pragma once
+#include "attention/tile_cpu.h"
+
+namespace packseq::PACKSEQ_ISA {
+
+template <class T>
+class ForwardTile {
+  using Real = typename RealOf<T>::type;
+  static constexpr int kWidth = kLanes<Real>;
+  static constexpr int kPanel = 2 * kWidth;  // rows that go through the blocks together, one lane each
+
+ public:
+  ForwardTile(const AttentionForward& f, Scratch& s)
+      : f_(f), p_(f.problem), transform_(f.problem), limits_(s, lane_capacity(f.problem)) {
+    const int64_t lanes = lane_capacity(p_), dim = round_up(p_.dim, kWidth), dim_v = round_up(p_.dim_v, kWidth);
+    q_ = s.take<Real>(lanes * dim);
+    out_ = s.take<Real>(lanes * dim_v);
+    top_ = s.take<Real>(lanes);
+    sum_ = s.take<Real>(lanes);
+    keys_ = s.take<Real>(kKeyBlock * p_.dim);
+    values_ = s.take<Real>(kKeyBlock * p_.dim_v);
+    scores_ = s.take<Real>(kKeyBlock * kPanel);
+    square_ = s.take<Real>(kWidth * (dim > dim_v ? dim : dim_v));
+    // The sign of the scale goes into q, its size into the exponent, so that the largest product is the largest score.
+    plain_ = !transform_.capped && !transform_.biased && p_.scale != 0;
+    exponent_ = plain_ ? Real((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e) : Real(kLog2e);
+  }
+
+  void run(const QueryTile& t) {
+    const TileRows<Real> tile(p_, t);
+    const Mask mask(p_, t.q.size(), t.k.size());
+    start(t, tile, mask);
+    const KeyBlocks blocks(mask, t.q0, t.q1, kKeyBlock);
+    for (int32_t b = 0; b < blocks.count; ++b) {
+      const int32_t k0 = blocks[b] * kKeyBlock;
+      const int32_t k1 = k0 + kKeyBlock < mask.len_k ? k0 + kKeyBlock : mask.len_k;
+      const Range seen = visible_keys(mask, t.q0, t.q1, k0, k1);
+      const int64_t row = t.k.begin + seen.begin;
+      load_rows<T>(p_.k, row, seen.size(), t.kv_head, p_.dim, keys_, p_.dim);
+      load_rows<T>(p_.v, row, seen.size(), t.kv_head, p_.dim_v, values_, p_.dim_v);
+      for (int32_t r = 0; r < tile.rows; r += kPanel) {
+        const int32_t end = r + kPanel < tile.rows ? r + kPanel : tile.rows;
+        const Range queries = tile.queries_of(r, end);
+        const Range keys = visible_keys(mask, queries.begin, queries.end, k0, k1);
+        if (!keys.size()) continue;
+        const bool clear = all_visible(mask, queries.begin, queries.end, keys);
+        if (end - r > kWidth) {
+          attend<2>(r, keys, seen.begin, clear);
+        } else {
+          attend<1>(r, keys, seen.begin, clear);
+        }
+      }
+    }
+    finish(t, tile);
+  }
+
+  static int64_t lane_capacity(const AttentionProblem& p) {
+    const int64_t rows = forward_tile_rows(p), group = p.heads / p.kv_heads;
+    return round_up(rows > group ? rows : group, kPanel);
+  }
+
+ private:
+  // A panel of at most kWidth rows is kept one vector wide.
+  static PACKSEQ_INLINE int panel_width(const TileRows<Real>& tile, int32_t r) {
+    return tile.rows - r / kPanel * kPanel > kWidth ? kPanel : kWidth;
+  }
+
+  void start(const QueryTile& t, const TileRows<Real>& tile, const Mask& mask) {
+    const int64_t padded = round_up(p_.dim, kWidth), lanes = round_up(tile.rows, kWidth);
+    const T* q = static_cast<const T*>(p_.q.data) + (t.q.begin + t.q0) * p_.q.token + tile.first_head * p_.q.head;
+    for (int32_t r = 0; r < lanes; r += kWidth) {
+      for (int32_t i = 0; i < kWidth; ++i) {
+        Real* row = square_ + i * padded;
+        if (r + i < tile.rows) {
+          const int32_t query = (r + i) % tile.queries, head = (r + i) / tile.queries;
+          load_row(q + query * p_.q.token + head * p_.q.head, p_.dim, row, padded);
+        } else {
+          for (int64_t d = 0; d < padded; d += kWidth) store(row + d, Vec<Real>{});
+        }
+      }
+      if (plain_ && p_.scale < 0) {
+        for (int64_t d = 0; d < kWidth * padded; d += kWidth) store(square_ + d, -load(square_ + d));
+      }
+      const int width = panel_width(tile, r);
+      Real* panel = q_ + r / kPanel * kPanel * padded + r % kPanel;
+      for (int64_t d = 0; d < padded; d += kWidth) transpose(square_ + d, padded, panel + d * width, width);
+    }
+    limits_.set(p_, mask, tile, round_up(tile.rows, kPanel));
+    const Real* sinks = static_cast<const Real*>(p_.sinks);
+    constexpr Real none = -__builtin_huge_val();
+    for (int32_t r = 0; r < round_up(tile.rows, kPanel); ++r) {
+      const Real sink = sinks && r < tile.rows ? sinks[tile.head(r)] : none;
+      top_[r] = sink * Real(kLog2e);
+      sum_[r] = sink == none ? Real(0) : sink - sink + Real(1);
+    }
+    const int64_t count = round_up(tile.rows, kPanel) * round_up(p_.dim_v, kWidth);
+    for (int64_t i = 0; i < count; i += kWidth) store(out_ + i, Vec<Real>{});
+  }
+
+  // `loaded` is the key that keys_ and values_ start with.
+  template <int N>
+  void attend(int32_t r, Range keys, int32_t loaded, bool clear) {
+    constexpr int width = N * kWidth;
+    Real* out = out_ + r * round_up(p_.dim_v, kWidth);
+    gemm<N, false, Start::zero>(Gemm<Real>{.m = keys.size(),
+                                           .k = p_.dim,
+                                           .a = keys_ + (keys.begin - loaded) * p_.dim,
+                                           .lda = p_.dim,
+                                           .b = q_ + r * round_up(p_.dim, kWidth),
+                                           .ldb = width,
+                                           .c = scores_,
+                                           .ldc = width});
+    if (!plain_) transform<N>(r, keys);
+    if (!clear) hide<N>(r, keys);
+    alignas(64) Real factor[width];
+    softmax<N>(r, keys.size(), factor);
+    gemm<N, true, Start::scale_add>(Gemm<Real>{.m = p_.dim_v,
+                                               .k = keys.size(),
+                                               .a = values_ + (keys.begin - loaded) * p_.dim_v,
+                                               .lda = p_.dim_v,
+                                               .b = scores_,
+                                               .ldb = width,
+                                               .c = out,
+                                               .ldc = width,
+                                               .scale = factor});
+  }
+
+  template <int N>
+  void transform(int32_t r, Range keys) {
+    Vec<Real> slope;
+    for (int32_t j = 0; j < keys.size(); ++j) {
+      for (int v = 0; v < N; ++v) {
+        Real* s = scores_ + (j * N + v) * kWidth;
+        store(s, transform_(load(s), limits_, r + v * kWidth, keys.begin + j, slope));
+      }
+    }
+  }
+
+  template <int N>
+  void hide(int32_t r, Range keys) {
+    const Vec<Real> hidden = splat(Real(-__builtin_huge_val()));
+    for (int32_t j = 0; j < keys.size(); ++j) {
+      for (int v = 0; v < N; ++v) {
+        Real* s = scores_ + (j * N + v) * kWidth;
+        store(s, limits_.visible(r + v * kWidth, keys.begin + j) ? load(s) : hidden);
+      }
+    }
+  }
+
+  // Scores to probabilities relative to the largest score so far; `factor` is what earlier sums shrink by.
+  template <int N>
+  void softmax(int32_t r, int32_t keys, Real* factor) {
+    for (int v = 0; v < N; ++v) {
+      Real* const s = scores_ + v * kWidth;
+      const Vec<Real> hidden = splat(Real(-__builtin_huge_val()));
+      Vec<Real> most0 = hidden, most1 = hidden;
+      int32_t j = 0;
+      for (; j + 2 <= keys; j += 2) {
+        most0 = max<Real>(load(s + j * N * kWidth), most0);
+        most1 = max<Real>(load(s + (j + 1) * N * kWidth), most1);
+      }
+      if (j < keys) most0 = max<Real>(load(s + j * N * kWidth), most0);
+
+      const Vec<Real> before = load(top_ + r + v * kWidth);
+      const Vec<Real> top = max<Real>(before, max<Real>(most0, most1) * exponent_);
+      const Vec<Real> base = top == hidden ? Vec<Real>{} : top;  // nothing seen so far: every term is exp(-inf)
+      const Vec<Real> shrink = exp2_down<Real>(before - base);
+      store(top_ + r + v * kWidth, top);
+      store(factor + v * kWidth, shrink);
+
+      Vec<Real> sum0{}, sum1{};
+      const auto step = [&](int32_t key, Vec<Real>& sum) __attribute__((always_inline)) {
+        Real* at = s + key * N * kWidth;
+        const Vec<Real> p = exp2_down<Real>(load(at) * exponent_ - base);
+        store(at, p);
+        sum += p;
+      };
+      for (j = 0; j + 2 <= keys; j += 2) {
+        step(j, sum0);
+        step(j + 1, sum1);
+      }
+      if (j < keys) step(j, sum0);
+      store(sum_ + r + v * kWidth, load(sum_ + r + v * kWidth) * shrink + (sum0 + sum1));
+    }
+  }
+
+  void finish(const QueryTile& t, const TileRows<Real>& tile) {
+    const int64_t padded = round_up(p_.dim_v, kWidth);
+    const int64_t row = (t.q.begin + t.q0) * p_.heads + tile.first_head;
+    T* const out = static_cast<T*>(f_.out) + row * p_.dim_v;
+    Real* const lse = static_cast<Real*>(f_.lse) + row;
+    for (int32_t r = 0; r < tile.rows; r += kWidth) {
+      const Vec<Real> sum = load(sum_ + r);
+      const Vec<Real> inverse = sum == Real(0) ? Vec<Real>{} : Real(1) / sum;
+      const int width = panel_width(tile, r);
+      const Real* panel = out_ + r / kPanel * kPanel * padded + r % kPanel;
+      for (int64_t d = 0; d < padded; d += kWidth) {
+        Vec<Real> square[kWidth];
+        PACKSEQ_UNROLL
+        for (int i = 0; i < kWidth; ++i) square[i] = load(panel + (d + i) * width) * inverse;
+        transpose_rows<Real>(square);
+        PACKSEQ_UNROLL
+        for (int i = 0; i < kWidth; ++i) store(square_ + i * padded + d, square[i]);
+      }
+      for (int32_t i = r; i < r + kWidth && i < tile.rows; ++i) {
+        const int64_t at = int64_t(i % tile.queries) * p_.heads + i / tile.queries;
+        store_row(square_ + (i - r) * padded, p_.dim_v, out + at * p_.dim_v);
+        lse[at] = sum_[i] == 0 ? -__builtin_huge_val() : top_[i] * kLn2 + log(sum_[i]);
+      }
+    }
+  }
+
+  static PACKSEQ_INLINE double log(float x) { return __builtin_logf(x); }
+  static PACKSEQ_INLINE double log(double x) { return __builtin_log(x); }
+
+  const AttentionForward& f_;
+  const AttentionProblem& p_;
+  const ScoreTransform<Real> transform_;
+  const LaneLimits<Real> limits_;
+  bool plain_;  // scores are the products times a positive factor
+  Real exponent_;
+
+  Real *q_, *out_;         // panels of [dim or dim_v, kPanel], the last one perhaps [.., kWidth]
+  Real *top_, *sum_;       // of each lane: the largest exponent of 2 so far, and the sum relative to it
+  Real *keys_, *values_;   // one block
+  Real* scores_;           // [kKeyBlock, kPanel]
+  Real* square_;           // kWidth rows on their way in or out
+};
+
+}  // namespace packseq::PACKSEQ_ISA
