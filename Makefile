@@ -44,9 +44,9 @@ lint: $(VENV)/.lint  ## style checks: ruff and clang-format
 	ruff format --check .
 	clang-format --dry-run -Werror $(CXX_FILES)
 
-bench: $(VENV)/.bench $(VENV)/libbenchmark-dev  ## C++ microbenchmarks, on the CPU and on a GPU where there is one
+bench: $(VENV)/.bench  ## C++ microbenchmarks, on the CPU and on a GPU where there is one
 	$(call say,building the benchmarks)
-	cmake --preset bench -DPython_EXECUTABLE=$(VENV)/bin/python -DCMAKE_PREFIX_PATH=$(VENV)/libbenchmark-dev/usr $(CMAKE_ARGS)
+	cmake --preset bench -DPython_EXECUTABLE=$(VENV)/bin/python $(CMAKE_ARGS)
 	cmake --build --preset bench --target benchmarks
 	@for program in build/bench/benchmarks/bench_*; do \
 	  [ -x $$program ] && [ -f $$program ] || continue; \
@@ -106,11 +106,10 @@ $(VENV)/.bench: constraints.txt | $(VENV)/bin/python
 	if command -v nvcc >/dev/null || [ -n "$${CUDACXX:-}" ]; then $(INSTALL) --no-deps cuda-bench; fi
 	@touch $@
 
-# Two C++ libraries that are no Python packages: the system's, or else Debian's archive unpacked here, without root.
-$(VENV)/libgtest-dev: HEADER := gtest/gtest.h
-$(VENV)/libbenchmark-dev: HEADER := benchmark/benchmark.h
-$(VENV)/libgtest-dev $(VENV)/libbenchmark-dev: | $(VENV)/bin/python
+# GoogleTest is no Python package: the system's, or else Debian's archive unpacked here, which takes no root.
+$(VENV)/libgtest-dev: | $(VENV)/bin/python
 	@mkdir -p $@
-	@if ! echo '#include <$(HEADER)>' | $(CXX) -fsyntax-only -x c++ - 2>/dev/null; then \
+	@if ! echo '#include <gtest/gtest.h>' | $(CXX) -fsyntax-only -x c++ - 2>/dev/null; then \
 	  (cd $@ && apt-get download $(@F) && dpkg -x $(@F)_*.deb .) || { rm -rf $@; \
-	  echo "$(HEADER) is not here and could not be fetched: sudo apt-get install $(@F)"; exit 1; }; fi
+	  echo "the C++ tests need GoogleTest, which is not here and could not be fetched: sudo apt-get install $(@F)"; \
+	  exit 1; }; fi
