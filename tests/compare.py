@@ -1,0 +1,66 @@
+"""Two ways to compare tensors: bit for bit, and against float64 by the error that plain torch makes."""
+
+import torch
+from torch import Tensor
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def assert_same_bits(name: str, got: Tensor, expected: Tensor) -> None:
+    """Equal to the last bit: the sign of a zero and NaN count too."""
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape), name
+    bits = _INTEGERS[got.element_size()]
+    differ = got.contiguous().view(bits) != expected.contiguous().view(bits)
+    if differ.any():
+        index = tuple(differ.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}: {int(differ.sum())} of {differ.numel()} elements differ, first at {list(index)}: "
+            f"got {got[index].item()!r}, must be {expected[index].item()!r}"
+        )
+
+
+def assert_same_places(name: str, got: Tensor, exact: Tensor) -> None:
+    """NaN, inf and -inf stand where they stand in `exact`."""
+    for kind, is_kind in (("nan", torch.isnan), ("inf", torch.isposinf), ("-inf", torch.isneginf)):
+        differ = is_kind(got) != is_kind(exact)
+        if differ.any():
+            index = tuple(differ.nonzero()[0].tolist())
+            raise AssertionError(
+                f"{name}: {kind} in other places, first at {list(index)}: "
+                f"got {got[index].item()!r}, must be {exact[index].item()!r}"
+            )
+
+
+# Two ulps of the largest value: over few elements, plain torch's error is small by luck.
+ULPS = 2
+ULPS_OF_FLOAT64 = 64  # there plain torch is the reference itself, without an error to measure by
+# Where the true value is zero everywhere (a gradient through a softmax over one key) what is left is the
+# cancellation, in float32, of dot products of the order of ten: some ulps of those.
+CANCELLATION = 128
+
+
+def assert_accurate(name: str, got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype | None = None) -> None:
+    """At most twice the error of `plain` (torch in the same dtype) against `exact` (float64), plus ULPS of `dtype`,
+    which is got's own unless it was summed from values that had been rounded to a narrower one."""
+    assert got.shape == exact.shape == plain.shape, name
+    assert_same_places(name, got, exact)
+    finite = exact.isfinite()
+    if not finite.any():
+        return
+
+    def error(x: Tensor) -> Tensor:
+        return torch.where(finite, (x.double() - exact).abs(), 0)
+
+    largest = exact[finite].abs().max().item()
+    double = got.dtype == torch.float64
+    if largest > 1e-12:
+        floor = (ULPS_OF_FLOAT64 if double else ULPS) * torch.finfo(dtype or got.dtype).eps * largest
+    else:
+        floor = CANCELLATION * torch.finfo(torch.float64 if double else torch.float32).eps
+    theirs, ours = error(plain).max().item(), error(got)
+    limit = 2 * theirs + floor
+    worst = tuple(torch.unravel_index(ours.argmax(), ours.shape))
+    assert ours[worst].item() <= limit, (
+        f"{name}: error {ours[worst].item():.3e} > {limit:.3e} (plain torch's: {theirs:.3e}) "
+        f"at {[int(i) for i in worst]}: got {got[worst].item()!r}, must be {exact[worst].item()!r}"
+    )
