@@ -1,7 +1,29 @@
 # What packseq_core is made of: every family's CPU and CUDA files, and the kernels' instantiations.
 
 file(GLOB PACKSEQ_CPU_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*_cpu.cpp)
-target_sources(packseq_core PRIVATE ${PACKSEQ_CPU_SOURCES} ${PROJECT_SOURCE_DIR}/csrc/core/build_info.cpp)
+target_sources(packseq_core PRIVATE ${PACKSEQ_CPU_SOURCES}
+  ${PROJECT_SOURCE_DIR}/csrc/core/build_info.cpp ${PROJECT_SOURCE_DIR}/csrc/core/cpu/isa.cpp)
+
+# Hot CPU code (*_cpu.cpp.in) is compiled once for every instruction set; the machine's best is chosen at run time.
+set(PACKSEQ_ISAS baseline)
+set(PACKSEQ_FLAGS_baseline "")
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+  list(APPEND PACKSEQ_ISAS avx2 avx512)
+  set(PACKSEQ_FLAGS_avx2 -mavx2 -mfma -mf16c)
+  set(PACKSEQ_FLAGS_avx512 ${PACKSEQ_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl)
+  target_compile_definitions(packseq_core PRIVATE PACKSEQ_X86_KERNELS=1)
+endif()
+file(GLOB PACKSEQ_CPU_KERNELS CONFIGURE_DEPENDS RELATIVE ${PROJECT_SOURCE_DIR}/csrc
+  ${PROJECT_SOURCE_DIR}/csrc/*/*_cpu.cpp.in)
+foreach(_kernels IN LISTS PACKSEQ_CPU_KERNELS)
+  foreach(PACKSEQ_ISA IN LISTS PACKSEQ_ISAS)
+    string(REPLACE ".cpp.in" "_${PACKSEQ_ISA}.cpp" _file ${PROJECT_BINARY_DIR}/${_kernels})
+    configure_file(${PROJECT_SOURCE_DIR}/csrc/${_kernels} ${_file} @ONLY)
+    set_source_files_properties(${_file} PROPERTIES
+      COMPILE_OPTIONS "-O3;-ffp-contract=fast;${PACKSEQ_FLAGS_${PACKSEQ_ISA}}")
+    target_sources(packseq_core PRIVATE ${_file})
+  endforeach()
+endforeach()
 
 if(PACKSEQ_HAS_CUDA)
   file(GLOB PACKSEQ_CUDA_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu)

@@ -131,15 +131,10 @@ class BackwardSequence {
     } else {
       differentiate<false, false>(lanes, keys);
     }
-    gemm_wide<true, Start::add>(Gemm<Real>{.m = p_.dim,
-                                           .k = count,
-                                           .a = k,
-                                           .lda = p_.dim,
-                                           .b = ds_t_,
-                                           .ldb = lanes_,
-                                           .c = dq_t_,
-                                           .ldc = lanes_},
-                                lanes);
+    gemm_wide<true, Start::add>(
+        Gemm<Real>{
+            .m = p_.dim, .k = count, .a = k, .lda = p_.dim, .b = ds_t_, .ldb = lanes_, .c = dq_t_, .ldc = lanes_},
+        lanes);
     const auto keys_of = [&](const Real* a, const Real* b, int64_t ldb, Real* c) {  // c += a b, over the tile's rows
       return Gemm<Real>{.m = count, .k = rows, .a = a, .lda = lanes_, .b = b, .ldb = ldb, .c = c, .ldc = ldb};
     };
@@ -189,10 +184,10 @@ class BackwardSequence {
   const int64_t lanes_, dim_, dim_v_;  // as they are in scratch: whole vectors
   const LaneLimits<Real> limits_;
 
-  Real *q_, *dout_;             // [lanes, dim], [lanes, dim_v]: the tile's rows
+  Real *q_, *dout_;              // [lanes, dim], [lanes, dim_v]: the tile's rows
   Real *q_t_, *dout_t_, *dq_t_;  // [dim, lanes], [dim_v, lanes]
-  Real *p_t_, *ds_t_;           // [kKeyBlock, lanes]
-  Real *lse_, *offset_;         // [lanes]; offset is delta - dlse
+  Real *p_t_, *ds_t_;            // [kKeyBlock, lanes]
+  Real *lse_, *offset_;          // [lanes]; offset is delta - dlse
   Real* row_;
   Real *k_, *v_;    // [len_k, p_.dim], [len_k, p_.dim_v]: the sequence's
   Real *dk_, *dv_;  // [len_k, dim_], [len_k, dim_v_]

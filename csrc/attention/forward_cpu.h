@@ -170,7 +170,7 @@ class ForwardTile {
       store(factor + v * kWidth, shrink);
 
       Vec<Real> sum0{}, sum1{};
-      const auto step = [&](int32_t key, Vec<Real>& sum) __attribute__((always_inline)) {
+      const auto step = [&](int32_t key, Vec<Real> & sum) __attribute__((always_inline)) {
         Real* at = s + key * N * kWidth;
         const Vec<Real> p = exp2_down<Real>(load(at) * exponent_ - base);
         store(at, p);
@@ -221,11 +221,11 @@ class ForwardTile {
   bool plain_;  // scores are the products times a positive factor
   Real exponent_;
 
-  Real *q_, *out_;         // panels of [dim or dim_v, kPanel], the last one perhaps [.., kWidth]
-  Real *top_, *sum_;       // of each lane: the largest exponent of 2 so far, and the sum relative to it
-  Real *keys_, *values_;   // one block
-  Real* scores_;           // [kKeyBlock, kPanel]
-  Real* square_;           // kWidth rows on their way in or out
+  Real *q_, *out_;        // panels of [dim or dim_v, kPanel], the last one perhaps [.., kWidth]
+  Real *top_, *sum_;      // of each lane: the largest exponent of 2 so far, and the sum relative to it
+  Real *keys_, *values_;  // one block
+  Real* scores_;          // [kKeyBlock, kPanel]
+  Real* square_;          // kWidth rows on their way in or out
 };
 
 }  // namespace packseq::PACKSEQ_ISA

@@ -123,7 +123,8 @@ struct ScoreTransform {
 
 // Rows of a packed tensor into [rows, padded] of Real.
 template <class T, class Real = typename RealOf<T>::type>
-inline void load_rows(const Packed& x, int64_t row, int64_t count, int64_t head, int64_t dim, Real* to, int64_t padded) {
+inline void load_rows(const Packed& x, int64_t row, int64_t count, int64_t head, int64_t dim, Real* to,
+                      int64_t padded) {
   const T* from = static_cast<const T*>(x.data) + row * x.token + head * x.head;
   for (int64_t i = 0; i < count; ++i) load_row(from + i * x.token, dim, to + i * padded, padded);
 }

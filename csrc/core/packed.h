@@ -4,8 +4,8 @@
 
 #ifdef __CUDACC__
 #define PACKSEQ_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define PACKSEQ_HOST_DEVICE inline
+#else  // inlined for certain, so that no copy made for one instruction set is shared with others (core/cpu/isa.h)
+#define PACKSEQ_HOST_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace packseq {
