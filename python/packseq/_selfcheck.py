@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 LENGTHS = [5, 0, 64, 131, 1]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Dtype -> the error allowed, in its eps: float32 gathers rounding over a sequence, the half types round at the end.
+LIMITS = {torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
 
 
 @dataclass
@@ -83,8 +84,8 @@ def run(devices: list[str]) -> Iterator[Check]:
     """Yields a result for each operator, device and dtype; what an operator raises is its failure."""
     for operator, check in CHECKS.items():
         for device in devices:
-            for dtype in DTYPES:
-                result = Check(operator, device, dtype, torch.nan, 8 * torch.finfo(dtype).eps)
+            for dtype, limit in LIMITS.items():
+                result = Check(operator, device, dtype, torch.nan, limit * torch.finfo(dtype).eps)
                 try:
                     result.error = check(device, dtype)
                 except Exception as error:  # reported as this check's result; the others still run
