@@ -26,8 +26,8 @@ struct Shape {
 constexpr Shape forward_shape(int dim) {
   return dim <= 64 ? Shape{128, 3} : dim <= 128 ? Shape{128, 3} : Shape{256, 2};
 }
-constexpr Shape dq_shape(int dim) { return dim <= 64 ? Shape{128, 3} : dim <= 128 ? Shape{128, 3} : Shape{256, 2}; }
-constexpr Shape dkv_shape(int dim) { return dim <= 64 ? Shape{128, 3} : dim <= 128 ? Shape{128, 2} : Shape{256, 1}; }
+constexpr Shape dq_shape(int dim) { return dim <= 64 ? Shape{128, 3} : dim <= 128 ? Shape{128, 3} : Shape{256, 1}; }
+constexpr Shape dkv_shape(int dim) { return dim <= 64 ? Shape{128, 2} : dim <= 128 ? Shape{128, 2} : Shape{256, 1}; }
 
 // Bytes of shared memory: tiles of scores, two stages, facts.
 template <class T, class Facts>
@@ -54,7 +54,7 @@ void attention_backward_f32(const AttentionBackward& call, const float* delta, c
     using K = FfmaTile<dim, kKeys.threads>;
     using Q = FfmaTile<dim, kQueries.threads>;
     launch("attention backward, dk and dv", f32::dkv_kernel<K, kKeys.blocks>, k_places * p.kv_heads, K::kThreads,
-           shared_bytes<K, f32::KeyFacts>(2), stream, {.call = call, .delta = delta, .tiles = k_tiles});
+           shared_bytes<K, f32::DkvFacts>(2), stream, {.call = call, .delta = delta, .tiles = k_tiles});
     launch("attention backward, dq", f32::dq_kernel<Q, kQueries.blocks>, q_places * p.heads, Q::kThreads,
            shared_bytes<Q, f32::DqFacts>(1), stream, {.call = call, .delta = delta, .tiles = q_tiles});
   });

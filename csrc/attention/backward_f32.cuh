@@ -19,45 +19,46 @@ struct BackwardParams {
   const Tile* tiles;   // of queries for dq, of keys for dk and dv
 };
 
-// The log-sum-exp in units of log 2, and D, of a query. A row outside the sequence, or one that sees nothing, has no
-// weight.
-struct RowFacts {
-  float lse, delta;
+// The log-sum-exp of a query in units of log 2. A row outside the sequence, or one that sees nothing, has no weight.
+__device__ inline float row_lse(const BackwardParams& params, int64_t row, int head, bool inside) {
+  if (!inside) return INFINITY;
+  const float lse = static_cast<const float*>(params.call.lse)[row * params.call.problem.heads + head];
+  return lse == -INFINITY ? INFINITY : lse * kLog2e;
+}
 
-  __device__ RowFacts(const BackwardParams& params, int64_t row, int head, bool inside) : lse(INFINITY), delta(0.0f) {
-    if (!inside) return;
-    const AttentionProblem& p = params.call.problem;
-    const float natural = static_cast<const float*>(params.call.lse)[row * p.heads + head];
-    if (natural == -INFINITY) return;
-    lse = natural * kLog2e;
-    delta = params.delta[head * p.total_q + row];
-  }
-};
+// D of a query whose row_lse() is `lse`.
+__device__ inline float row_delta(const BackwardParams& params, int64_t row, int head, float lse) {
+  return lse == INFINITY ? 0.0f : params.delta[head * params.call.problem.total_q + row];
+}
 
 // Facts of a tile of queries, and of its rows.
 struct DqFacts {
   Facts facts;
-  RowFacts rows[kF32Rows];
+  FloatRows dout;
+  float2 rows[kF32Rows];  // lse and D
 };
 
 template <class T>
 class DqBlock {
  public:
-  __device__ DqBlock(const BackwardParams& params, const DqFacts& facts, int32_t first_query, int head, float* shared)
+  __device__ DqBlock(const BackwardParams& params, const DqFacts& facts, float* shared)
       : params_(params),
         p_(params.call.problem),
         facts_(facts.facts),
+        dout_(facts.dout),
         rows_(facts.rows),
-        first_query_(first_query),
-        head_(head),
         ds_(shared),
         memory_(shared + T::kScores) {}
 
   __device__ void run() {
-    const auto load = [&](float* to, int step, int stage) { load_stage(to, step, stage); };
-    const int slices = T::slices(p_.dim), slices_v = T::slices(p_.dim_v), steps = facts_.keys.count;
-    FfmaStages<T, decltype(load)> stages(memory_, steps, slices + slices_v + T::kRowSlices, load);
-    for (int step = 0; step < steps; ++step) {
+    int loading = -1;  // the step that is being loaded
+    const auto load = [&](float* to, int stage) {
+      if (stage == 0) ++loading;
+      load_stage(to, loading, stage);
+    };
+    const int slices = T::slices(p_.dim), slices_v = T::slices(p_.dim_v);
+    FfmaStages<T, decltype(load)> stages(memory_, facts_.keys.count, slices + slices_v + T::kRowSlices, load);
+    for (int step = 0; step < facts_.keys.count; ++step) {
       {
         typename T::Scores s = {};
         for (int i = 0; i < slices; ++i) {
@@ -65,9 +66,9 @@ class DqBlock {
           T::multiply_transposed(s, q, q + T::kSlice);
         }
         const int32_t first_key = facts_.keys[step] * T::kSize;
-        facts_.scores.template transform<T, false>(s, facts_.mask, first_query_, first_key, ds_);
+        facts_.scores.template transform<T, false>(s, facts_.mask, facts_.first_query, first_key, ds_);
         T::for_each([&](int i, int j) {
-          const float p = exp_shifted(s[i][j], rows_[T::row(i)].lse);
+          const float p = exp_shifted(s[i][j], rows_[T::row(i)].x);
           T::score(ds_, i, j) = facts_.scores.capped() ? p * T::score(ds_, i, j) : p;
         });
       }
@@ -77,163 +78,152 @@ class DqBlock {
           const float* dout = stages.next();
           T::multiply_transposed(dp, dout, dout + T::kSlice);
         }
-        T::for_each([&](int i, int j) { T::score(ds_, i, j) *= dp[i][j] - rows_[T::row(i)].delta; });
+        T::for_each([&](int i, int j) { T::score(ds_, i, j) *= dp[i][j] - rows_[T::row(i)].y; });
       }
       for (int i = 0; i < T::kRowSlices; ++i) {
         const float* k = stages.next();
         T::multiply(dq_, ds_, i * T::kSliceRows, k);
       }
     }
-    const int64_t first = (facts_.q_begin + first_query_) * p_.heads + head_, stride = p_.heads;
+    const int64_t first = (facts_.q_begin + facts_.first_query) * p_.heads + facts_.head, stride = p_.heads;
     const float scale = float(p_.scale);
     T::store(
         dq_, [&](int) { return scale; }, static_cast<float*>(params_.call.dq) + first * p_.dim, stride * p_.dim,
-        facts_.mask.len_q - first_query_, p_.dim);
+        facts_.mask.len_q - facts_.first_query, p_.dim);
   }
 
  private:
   __device__ __forceinline__ void load_stage(float* to, int step, int stage) const {
-    const int kv_head = head_ / (p_.heads / p_.kv_heads), first_key = facts_.keys[step] * T::kSize;
-    const int slices = T::slices(p_.dim), slices_v = T::slices(p_.dim_v);
-    const int32_t len_q = facts_.mask.len_q, len_k = facts_.mask.len_k;
-    const FloatRows keys = head_rows(p_.k, facts_.k_begin, kv_head, len_k, p_.dim);
+    const int first_key = facts_.keys[step] * T::kSize, slices = T::slices(p_.dim), slices_v = T::slices(p_.dim_v);
     if (stage < slices) {
-      const int col = stage * T::kSliceCols;
-      T::load_columns(to, head_rows(p_.q, facts_.q_begin, head_, len_q, p_.dim), first_query_, col);
-      T::load_columns(to + T::kSlice, keys, first_key, col);
+      T::load_columns(to, facts_.q, facts_.first_query, stage * T::kSliceCols);
+      T::load_columns(to + T::kSlice, facts_.k, first_key, stage * T::kSliceCols);
     } else if (stage < slices + slices_v) {
-      const int col = (stage - slices) * T::kSliceCols;
-      const Packed& dout = params_.call.dout;
-      T::load_columns(to, head_rows(dout, facts_.q_begin, head_, len_q, p_.dim_v), first_query_, col);
-      T::load_columns(to + T::kSlice, head_rows(p_.v, facts_.k_begin, kv_head, len_k, p_.dim_v), first_key, col);
+      T::load_columns(to, dout_, facts_.first_query, (stage - slices) * T::kSliceCols);
+      T::load_columns(to + T::kSlice, facts_.v, first_key, (stage - slices) * T::kSliceCols);
     } else {
-      T::load_rows(to, keys, first_key, (stage - slices - slices_v) * T::kSliceRows);
+      T::load_rows(to, facts_.k, first_key, (stage - slices - slices_v) * T::kSliceRows);
     }
   }
 
   const BackwardParams& params_;
   const AttentionProblem& p_;
   const Facts& facts_;
-  const RowFacts* const rows_;
-  const int32_t first_query_;
-  const int head_;
+  const FloatRows& dout_;
+  const float2* const rows_;
   float *const ds_, *const memory_;
 
   typename T::Sums dq_ = {};
 };
 
-// Facts of a tile of keys.
-struct KeyFacts {
-  Facts facts;  // `scores` and `keys` are not used: both differ between the steps
+// Facts of a tile of keys. Of `facts`, what belongs to a query head is the group's first one's; `keys` is not used.
+struct DkvFacts {
+  Facts facts;
+  FloatRows dout;  // of the group's first head
   QueryBlocks queries;
-  int kv_head, group;
-
-  __device__ KeyFacts(const AttentionProblem& p, int sequence, int32_t first_key, int head)
-      : facts(p, sequence, 0, head),
-        queries(facts.mask, first_key, min(first_key, facts.mask.len_k - kF32Rows) + kF32Rows, kF32Rows),
-        kv_head(head),
-        group(p.heads / p.kv_heads) {}
+  int32_t first_key;
+  int kv_head;
 };
 
 template <class T>
 class DkvBlock {
  public:
-  __device__ DkvBlock(const BackwardParams& params, const KeyFacts& facts, int32_t first_key, float* shared)
+  __device__ DkvBlock(const BackwardParams& params, const DkvFacts& facts, float* shared)
       : params_(params),
         p_(params.call.problem),
         facts_(facts.facts),
-        queries_(facts.queries),
-        group_(facts.group),
-        kv_head_(facts.kv_head),
-        first_key_(first_key),
+        key_facts_(facts),
         p_tile_(shared),
         ds_tile_(shared + T::kScores),
         memory_(shared + 2 * T::kScores) {}
 
   __device__ void run() {
-    const auto load = [&](float* to, int step, int stage) { load_stage(to, step, stage); };
-    const int slices = T::slices(p_.dim), slices_v = T::slices(p_.dim_v), steps = group_ * blocks();
-    FfmaStages<T, decltype(load)> stages(memory_, steps, slices + slices_v + 2 * T::kRowSlices, load);
-    for (int step = 0; step < steps; ++step) {
-      float lse[4], delta[4];
-      load_rows(step, lse, delta);
-      {
-        typename T::Scores s = {};
-        for (int i = 0; i < slices; ++i) {
-          const float* k = stages.next();
-          T::multiply_transposed(s, k, k + T::kSlice);
-        }
-        const ScoresF32 scores(p_, head(step));
-        scores.template transform<T, true>(s, facts_.mask, first_query(step), first_key_, ds_tile_);
-        T::for_each([&](int i, int j) {
-          const float p = exp_shifted(s[i][j], lse[j]);
-          T::score(p_tile_, i, j) = p;
-          T::score(ds_tile_, i, j) = scores.capped() ? p * T::score(ds_tile_, i, j) : p;
-        });
+    const int group = p_.heads / p_.kv_heads, begin = key_facts_.queries.begin, end = key_facts_.queries.end;
+    const int steps = begin < end ? group * (end - begin) : 0;
+    int head = 0, block = begin - 1;  // of the stage that is being loaded; `head` counts within the group
+    const auto load = [&](float* to, int stage) {
+      if (stage == 0 && ++block == end) {
+        block = begin;
+        ++head;
       }
-      {
-        typename T::Scores dp = {};
-        for (int i = 0; i < slices_v; ++i) {
-          const float* v = stages.next();
-          T::multiply_transposed(dp, v, v + T::kSlice);
-        }
-        T::for_each([&](int i, int j) { T::score(ds_tile_, i, j) *= dp[i][j] - delta[j]; });
-      }
-      for (int i = 0; i < T::kRowSlices; ++i) {
-        const float* dout = stages.next();
-        T::multiply(dv_, p_tile_, i * T::kSliceRows, dout);
-      }
-      for (int i = 0; i < T::kRowSlices; ++i) {
-        const float* q = stages.next();
-        T::multiply(dk_, ds_tile_, i * T::kSliceRows, q);
-      }
+      load_stage(to, head, block * T::kSize, stage);
+    };
+    const int per_step = T::slices(p_.dim) + T::slices(p_.dim_v) + 2 * T::kRowSlices;
+    FfmaStages<T, decltype(load)> stages(memory_, steps, per_step, load);
+    for (int g = 0; g < group; ++g) {
+      for (int b = begin; b < end; ++b) step(stages, facts_.head + g, b * T::kSize);
     }
     finish();
   }
 
  private:
-  __device__ int blocks() const { return max(queries_.end - queries_.begin, 0); }
-  __device__ int head(int step) const { return kv_head_ * group_ + step / blocks(); }
-  __device__ int32_t first_query(int step) const { return (queries_.begin + step % blocks()) * T::kSize; }
-
-  // What the step's queries, the columns of the scores, bring along.
-  __device__ void load_rows(int step, float (&lse)[4], float (&delta)[4]) const {
-    const int32_t first = first_query(step);
+  template <class Stages>
+  __device__ __forceinline__ void step(Stages& stages, int head, int32_t first_query) {
+    const int64_t first = facts_.q_begin + first_query;
+    float lse[4];  // of the queries, the columns of the scores
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const RowFacts row(params_, facts_.q_begin + first + T::col(j), head(step),
-                         T::col(j) < facts_.mask.len_q - first);
-      lse[j] = row.lse;
-      delta[j] = row.delta;
+      lse[j] = row_lse(params_, first + T::col(j), head, T::col(j) < facts_.mask.len_q - first_query);
+    }
+    {
+      typename T::Scores s = {};
+      const int slices = T::slices(p_.dim);
+      for (int i = 0; i < slices; ++i) {
+        const float* k = stages.next();
+        T::multiply_transposed(s, k, k + T::kSlice);
+      }
+      ScoresF32 scores = facts_.scores;
+      scores.set_head(p_, head);
+      scores.template transform<T, true>(s, facts_.mask, first_query, key_facts_.first_key, ds_tile_);
+      T::for_each([&](int i, int j) {
+        const float p = exp_shifted(s[i][j], lse[j]);
+        T::score(p_tile_, i, j) = p;
+        T::score(ds_tile_, i, j) = scores.capped() ? p * T::score(ds_tile_, i, j) : p;
+      });
+    }
+    {
+      float delta[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) delta[j] = row_delta(params_, first + T::col(j), head, lse[j]);
+      typename T::Scores dp = {};
+      const int slices = T::slices(p_.dim_v);
+      for (int i = 0; i < slices; ++i) {
+        const float* v = stages.next();
+        T::multiply_transposed(dp, v, v + T::kSlice);
+      }
+      T::for_each([&](int i, int j) { T::score(ds_tile_, i, j) *= dp[i][j] - delta[j]; });
+    }
+    for (int i = 0; i < T::kRowSlices; ++i) {
+      const float* dout = stages.next();
+      T::multiply(dv_, p_tile_, i * T::kSliceRows, dout);
+    }
+    for (int i = 0; i < T::kRowSlices; ++i) {
+      const float* q = stages.next();
+      T::multiply(dk_, ds_tile_, i * T::kSliceRows, q);
     }
   }
 
-  __device__ __forceinline__ void load_stage(float* to, int step, int stage) const {
-    const int slices = T::slices(p_.dim), slices_v = T::slices(p_.dim_v);
-    const int32_t len_q = facts_.mask.len_q, len_k = facts_.mask.len_k, first = first_query(step);
-    const FloatRows q = head_rows(p_.q, facts_.q_begin, head(step), len_q, p_.dim);
-    const FloatRows dout = head_rows(params_.call.dout, facts_.q_begin, head(step), len_q, p_.dim_v);
+  __device__ __forceinline__ void load_stage(float* to, int head, int32_t first_query, int stage) const {
+    const int slices = T::slices(p_.dim), slices_v = T::slices(p_.dim_v), first_key = key_facts_.first_key;
+    FloatRows q = facts_.q, dout = key_facts_.dout;
+    q.data += head * p_.q.head;
+    dout.data += head * params_.call.dout.head;
     if (stage < slices) {
-      const int col = stage * T::kSliceCols;
-      T::load_columns(to, head_rows(p_.k, facts_.k_begin, kv_head_, len_k, p_.dim), first_key_, col);
-      T::load_columns(to + T::kSlice, q, first, col);
-    } else if (stage < slices + slices_v) {
-      const int col = (stage - slices) * T::kSliceCols;
-      T::load_columns(to, head_rows(p_.v, facts_.k_begin, kv_head_, len_k, p_.dim_v), first_key_, col);
-      T::load_columns(to + T::kSlice, dout, first, col);
+      T::load_columns(to, facts_.k, first_key, stage * T::kSliceCols);
+      T::load_columns(to + T::kSlice, q, first_query, stage * T::kSliceCols);
+    } else if ((stage -= slices) < slices_v) {
+      T::load_columns(to, facts_.v, first_key, stage * T::kSliceCols);
+      T::load_columns(to + T::kSlice, dout, first_query, stage * T::kSliceCols);
+    } else if ((stage -= slices_v) < T::kRowSlices) {
+      T::load_rows(to, dout, first_query, stage * T::kSliceRows);
     } else {
-      const int32_t slice = stage - slices - slices_v;
-      if (slice < T::kRowSlices) {
-        T::load_rows(to, dout, first, slice * T::kSliceRows);
-      } else {
-        T::load_rows(to, q, first, (slice - T::kRowSlices) * T::kSliceRows);
-      }
+      T::load_rows(to, q, first_query, (stage - T::kRowSlices) * T::kSliceRows);
     }
   }
 
   __device__ void finish() const {
-    const int64_t first = (facts_.k_begin + first_key_) * p_.kv_heads + kv_head_, stride = p_.kv_heads;
-    const int32_t rows = facts_.mask.len_k - first_key_;
+    const int32_t first_key = key_facts_.first_key, rows = facts_.mask.len_k - first_key;
+    const int64_t first = (facts_.k_begin + first_key) * p_.kv_heads + key_facts_.kv_head, stride = p_.kv_heads;
     const float scale = float(p_.scale);
     T::store(
         dk_, [&](int) { return scale; }, static_cast<float*>(params_.call.dk) + first * p_.dim, stride * p_.dim, rows,
@@ -246,9 +236,7 @@ class DkvBlock {
   const BackwardParams& params_;
   const AttentionProblem& p_;
   const Facts& facts_;
-  const QueryBlocks queries_;
-  const int group_, kv_head_;
-  const int32_t first_key_;
+  const DkvFacts& key_facts_;
   float *const p_tile_, *const ds_tile_, *const memory_;
 
   typename T::Sums dk_ = {}, dv_ = {};
@@ -270,13 +258,17 @@ __global__ void __launch_bounds__(T::kThreads, kBlocksPerSm) dq_kernel(const __g
   // Under a causal mask the last queries see most: start them first.
   const int32_t block = p.causal ? int32_t((q.size() - 1) / T::kSize) - tile.block : tile.block;
   DqFacts& facts = *reinterpret_cast<DqFacts*>(shared + T::kScores + 2 * T::kStage);
-  if (threadIdx.x == 0) facts.facts = Facts(p, tile.sequence, block * T::kSize, head);
+  if (threadIdx.x == 0) {
+    facts.facts = Facts(p, tile.sequence, block * T::kSize, head, head / (p.heads / p.kv_heads));
+    facts.dout = FloatRows(params.call.dout, q, head, p.dim_v);
+  }
   if (threadIdx.x < T::kSize) {
     const int64_t query = int64_t(block) * T::kSize + threadIdx.x;
-    facts.rows[threadIdx.x] = RowFacts(params, q.begin + query, head, query < q.size());
+    const float lse = row_lse(params, q.begin + query, head, query < q.size());
+    facts.rows[threadIdx.x] = {lse, row_delta(params, q.begin + query, head, lse)};
   }
   __syncthreads();
-  DqBlock<T>(params, facts, block * T::kSize, head, shared).run();
+  DqBlock<T>(params, facts, shared).run();
 }
 
 template <class T, int kBlocksPerSm>
@@ -294,10 +286,19 @@ __global__ void __launch_bounds__(T::kThreads, kBlocksPerSm) dkv_kernel(const __
     T::store_zeros(static_cast<float*>(params.call.dv) + row * p.dim_v, stride * p.dim_v, rows, p.dim_v);
     return;
   }
-  KeyFacts& facts = *reinterpret_cast<KeyFacts*>(shared + 2 * T::kScores + 2 * T::kStage);
-  if (threadIdx.x == 0) facts = KeyFacts(p, tile.sequence, tile.block * T::kSize, kv_head);
+  DkvFacts& facts = *reinterpret_cast<DkvFacts*>(shared + 2 * T::kScores + 2 * T::kStage);
+  if (threadIdx.x == 0) {
+    const int head = kv_head * (p.heads / p.kv_heads), first_key = tile.block * T::kSize;
+    facts.facts = Facts(p, tile.sequence, 0, head, kv_head);
+    const Mask& mask = facts.facts.mask;
+    const Span q = span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence);
+    facts.dout = FloatRows(params.call.dout, q, head, p.dim_v);
+    facts.queries = QueryBlocks(mask, first_key, first_key + min(T::kSize, mask.len_k - first_key), T::kSize);
+    facts.first_key = first_key;
+    facts.kv_head = kv_head;
+  }
   __syncthreads();
-  DkvBlock<T>(params, facts, tile.block * T::kSize, shared).run();
+  DkvBlock<T>(params, facts, shared).run();
 }
 
 }  // namespace packseq::f32

@@ -25,49 +25,49 @@ struct ForwardParams {
   const Tile* tiles;  // of queries
 };
 
-// The rows of a head of a sequence that starts at row `begin`.
-__device__ inline FloatRows head_rows(const Packed& x, int64_t begin, int64_t head, int32_t length, int cols) {
-  return {static_cast<const float*>(x.data) + begin * x.token + head * x.head, x.token, length, cols};
-}
-
 // What a block looks up now and then, kept out of its registers.
 struct Facts {
   Mask mask;
   ScoresF32 scores;
-  KeyBlocks keys;  // of a tile of queries
+  KeyBlocks keys;     // of the tile of queries that starts at first_query
+  FloatRows q, k, v;  // of the sequence
   int64_t q_begin, k_begin;
+  int32_t first_query;
+  int head;
 
-  __device__ Facts(const AttentionProblem& p, int sequence, int32_t first_query, int head)
+  __device__ Facts(const AttentionProblem& p, int sequence, int32_t query, int head, int kv_head)
       : Facts(p, span_of(p.cu_seqlens_q, p.sequences, p.total_q, sequence),
-              span_of(p.cu_seqlens_k, p.sequences, p.total_k, sequence), first_query, head) {}
+              span_of(p.cu_seqlens_k, p.sequences, p.total_k, sequence), query, head, kv_head) {}
 
  private:
-  __device__ Facts(const AttentionProblem& p, Span q, Span k, int32_t first_query, int head)
-      : mask(p, q.size(), k.size()),
+  __device__ Facts(const AttentionProblem& p, Span q_span, Span k_span, int32_t query, int head, int kv_head)
+      : mask(p, q_span.size(), k_span.size()),
         scores(p, head),
-        keys(mask, first_query, int32_t(min(int64_t(first_query) + kF32Rows, q.size())), kF32Rows),
-        q_begin(q.begin),
-        k_begin(k.begin) {}
+        keys(mask, query, query + min(kF32Rows, mask.len_q - query), kF32Rows),
+        q(p.q, q_span, head, p.dim),
+        k(p.k, k_span, kv_head, p.dim),
+        v(p.v, k_span, kv_head, p.dim_v),
+        q_begin(q_span.begin),
+        k_begin(k_span.begin),
+        first_query(query),
+        head(head) {}
 };
 
 template <class T>
 class ForwardBlock {
  public:
-  __device__ ForwardBlock(const AttentionForward& call, const Facts& facts, int32_t first_query, int head,
-                          float* shared)
-      : call_(call),
-        p_(call.problem),
-        facts_(facts),
-        first_query_(first_query),
-        head_(head),
-        probabilities_(shared),
-        memory_(shared + T::kScores) {
+  __device__ ForwardBlock(const AttentionForward& call, const Facts& facts, float* shared)
+      : call_(call), p_(call.problem), facts_(facts), probabilities_(shared), memory_(shared + T::kScores) {
 #pragma unroll
     for (float& x : max_) x = -INFINITY;
   }
 
   __device__ void run() {
-    const auto load = [&](float* to, int step, int stage) { load_stage(to, step, stage); };
+    int loading = -1;  // the step that is being loaded
+    const auto load = [&](float* to, int stage) {
+      if (stage == 0) ++loading;
+      load_stage(to, loading, stage);
+    };
     const int key_slices = T::slices(p_.dim);
     FfmaStages<T, decltype(load)> stages(memory_, facts_.keys.count, key_slices + T::kRowSlices, load);
     for (int step = 0; step < facts_.keys.count; ++step) {
@@ -87,23 +87,18 @@ class ForwardBlock {
 
  private:
   __device__ __forceinline__ void load_stage(float* to, int step, int stage) const {
-    const int kv_head = head_ / (p_.heads / p_.kv_heads), first_key = facts_.keys[step] * T::kSize;
-    const int key_slices = T::slices(p_.dim);
-    const Mask& mask = facts_.mask;
+    const int first_key = facts_.keys[step] * T::kSize, key_slices = T::slices(p_.dim);
     if (stage < key_slices) {
-      const int col = stage * T::kSliceCols;
-      T::load_columns(to, head_rows(p_.q, facts_.q_begin, head_, mask.len_q, p_.dim), first_query_, col);
-      T::load_columns(to + T::kSlice, head_rows(p_.k, facts_.k_begin, kv_head, mask.len_k, p_.dim), first_key, col);
+      T::load_columns(to, facts_.q, facts_.first_query, stage * T::kSliceCols);
+      T::load_columns(to + T::kSlice, facts_.k, first_key, stage * T::kSliceCols);
     } else {
-      const int32_t row = (stage - key_slices) * T::kSliceRows;
-      const FloatRows values = head_rows(p_.v, facts_.k_begin, kv_head, mask.len_k, p_.dim_v);
-      T::load_rows(to, values, first_key, row);
+      T::load_rows(to, facts_.v, first_key, (stage - key_slices) * T::kSliceRows);
     }
   }
 
   // Scores to probabilities, up to the rows' sums; what has been summed so far follows the raised maximum.
   __device__ void softmax(typename T::Scores& s, int32_t first_key) {
-    facts_.scores.template transform<T, false>(s, facts_.mask, first_query_, first_key, nullptr);
+    facts_.scores.template transform<T, false>(s, facts_.mask, facts_.first_query, first_key, nullptr);
     float top[T::kRows];
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) top[i] = fmaxf(fmaxf(s[i][0], s[i][1]), fmaxf(s[i][2], s[i][3]));
@@ -139,7 +134,7 @@ class ForwardBlock {
       for (int offset = T::kAcross / 2; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
       by[i] = 1.0f;
       if (p_.sinks) {
-        const float sink = static_cast<const float*>(p_.sinks)[head_] * kLog2e, raised = fmaxf(top, sink);
+        const float sink = static_cast<const float*>(p_.sinks)[facts_.head] * kLog2e, raised = fmaxf(top, sink);
         const float base = raised == -INFINITY ? 0.0f : raised;
         by[i] = exp2_approx(top - base);
         sum = sum * by[i] + exp2_approx(sink - base);
@@ -148,8 +143,8 @@ class ForwardBlock {
       by[i] = sum == 0.0f ? 0.0f : by[i] / sum;
       max_[i] = sum == 0.0f ? -INFINITY : fmaf(top, kLn2, logf(sum));
     }
-    const int32_t rows = facts_.mask.len_q - first_query_;
-    const int64_t first = (facts_.q_begin + first_query_) * p_.heads + head_;
+    const int32_t rows = facts_.mask.len_q - facts_.first_query;
+    const int64_t first = (facts_.q_begin + facts_.first_query) * p_.heads + facts_.head;
 #pragma unroll
     for (int i = 0; i < T::kRows; ++i) {
       if (T::across() == 0 && T::row(i) < rows) {
@@ -164,8 +159,6 @@ class ForwardBlock {
   const AttentionForward& call_;
   const AttentionProblem& p_;
   const Facts& facts_;
-  const int32_t first_query_;
-  const int head_;
   float *const probabilities_, *const memory_;
 
   typename T::Sums out_ = {};
@@ -201,9 +194,9 @@ __global__ void __launch_bounds__(T::kThreads, kBlocksPerSm)
     block = int32_t((len_q - 1) / T::kSize) - block;
   }
   Facts& facts = *reinterpret_cast<Facts*>(shared + T::kScores + 2 * T::kStage);
-  if (threadIdx.x == 0) facts = Facts(p, tile.sequence, block * T::kSize, head);
+  if (threadIdx.x == 0) facts = Facts(p, tile.sequence, block * T::kSize, head, head / (p.heads / p.kv_heads));
   __syncthreads();
-  ForwardBlock<T>(params.call, facts, block * T::kSize, head, shared).run();
+  ForwardBlock<T>(params.call, facts, shared).run();
 }
 
 }  // namespace packseq::f32

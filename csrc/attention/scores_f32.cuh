@@ -9,9 +9,13 @@ namespace packseq {
 class ScoresF32 {
  public:
   __device__ ScoresF32(const AttentionProblem& p, int head)
-      : scale_(float(p.softcap != 0 ? p.scale / p.softcap : p.scale)),
-        cap_(float(p.softcap)),
-        slope_(p.alibi_slopes ? static_cast<const float*>(p.alibi_slopes)[head] : 0.0f) {}
+      : scale_(float(p.softcap != 0 ? p.scale / p.softcap : p.scale)), cap_(float(p.softcap)) {
+    set_head(p, head);
+  }
+
+  __device__ void set_head(const AttentionProblem& p, int head) {
+    slope_ = p.alibi_slopes ? static_cast<const float*>(p.alibi_slopes)[head] : 0.0f;
+  }
 
   __device__ bool capped() const { return cap_ != 0; }
 

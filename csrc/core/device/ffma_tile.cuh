@@ -13,6 +13,7 @@
 
 #include "core/device/async_copy.cuh"
 #include "core/device/shared_tile.cuh"
+#include "core/packed.h"
 
 namespace packseq {
 
@@ -22,6 +23,12 @@ struct FloatRows {
   int64_t stride;
   int32_t length;
   int cols;
+
+  __device__ FloatRows(const Packed& x, Span rows, int64_t head, int cols)
+      : data(static_cast<const float*>(x.data) + rows.begin * x.token + head * x.head),
+        stride(x.token),
+        length(int32_t(rows.size())),
+        cols(cols) {}
 };
 
 template <int kDim_, int kThreads_>
@@ -168,14 +175,14 @@ struct FfmaTile {
   }
 };
 
-// Stages of a walk of `steps` steps of `per_step` stages each, one loaded while the one before is computed with.
-// load(stage's memory, step, stage) starts the copies of one stage; every thread of the block takes part.
+// A walk of `steps` steps of `per_step` stages each, one stage loaded while the one before is computed with.
+// load(memory, stage) starts the copies of a step's stage, in order; every thread of the block takes part.
 template <class Tile, class Load>
 class FfmaStages {
  public:
   __device__ __forceinline__ FfmaStages(float* memory, int steps, int per_step, const Load& load)
-      : memory_(memory), steps_(steps), per_step_(per_step), load_(load) {
-    if (steps_ > 0) load_(memory_, 0, 0);
+      : memory_(memory), per_step_(per_step), steps_left_(steps), load_(load) {
+    if (steps > 0) load_(memory_, 0);
     copy_async_commit();
   }
 
@@ -187,18 +194,18 @@ class FfmaStages {
     odd_ ^= 1;
     if (++stage_ == per_step_) {
       stage_ = 0;
-      ++step_;
+      --steps_left_;
     }
-    if (step_ < steps_) load_(memory_ + odd_ * Tile::kStage, step_, stage_);
+    if (steps_left_ > 0) load_(memory_ + odd_ * Tile::kStage, stage_);
     copy_async_commit();
     return now;
   }
 
  private:
   float* const memory_;
-  const int steps_, per_step_;
+  const int per_step_;
+  int steps_left_, stage_ = 0, odd_ = 0;
   const Load& load_;
-  int step_ = 0, stage_ = 0, odd_ = 0;
 };
 
 }  // namespace packseq
