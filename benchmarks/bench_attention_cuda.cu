@@ -1,0 +1,160 @@
+// Attention on the GPU through the C++ API, bfloat16, forward and backward, over attention_cases.txt.
+#include <memory>
+
+#include "attention/attention.h"
+#include "attention_cases.h"
+#include "gpu_report.cuh"
+#include "mma_loop.cuh"
+
+namespace packseq::bench {
+namespace {
+
+using Half = __nv_bfloat16;
+
+struct Fill {
+  Half* data;
+  int64_t count;
+  uint32_t seed;
+};
+
+// Standard normal, by Box and Muller's formula over hashed indices.
+__global__ void fill_kernel(const __grid_constant__ Fill fill) {
+  const int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x;
+  if (i >= fill.count) return;
+  uint64_t x = (uint64_t(fill.seed) << 40) + uint64_t(i) + 1;
+  x *= 0x9E3779B97F4A7C15u;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x ^= x >> 27;
+  const float u = (float(uint32_t(x)) + 1) * 0x1p-32f, angle = float(x >> 32) * 0x1p-32f;
+  fill.data[i] = Half(sqrtf(-2 * logf(u)) * cospif(2 * angle));
+}
+
+// Device memory for as long as a case runs.
+class Memory {
+ public:
+  template <class X>
+  X* take(size_t count) {
+    void* p = nullptr;
+    check_cuda(cudaMalloc(&p, std::max<size_t>(count, 1) * sizeof(X)), "benchmark memory");
+    held_.emplace_back(p);
+    return static_cast<X*>(p);
+  }
+
+  Half* normal(int64_t count) {
+    Half* data = take<Half>(size_t(count));
+    const Fill fill = {.data = data, .count = count, .seed = uint32_t(held_.size())};
+    launch("fill", fill_kernel, (count + 255) / 256, 256, 0, nullptr, fill);
+    return data;
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { cudaFree(p); }
+  };
+  std::vector<std::unique_ptr<void, Free>> held_;
+};
+
+AttentionBackward prepare(const Case& c, Memory& memory) {
+  const int64_t total = c.total(), count = total * c.heads * c.dim, token = int64_t(c.heads) * c.dim;
+  const std::vector<int32_t> cu = c.cu_seqlens();
+  int32_t* cu_seqlens = memory.take<int32_t>(cu.size());
+  check_cuda(cudaMemcpy(cu_seqlens, cu.data(), cu.size() * sizeof(int32_t), cudaMemcpyHostToDevice), "cu_seqlens");
+  const auto input = [&] { return Packed{.data = memory.normal(count), .token = token, .head = c.dim}; };
+  AttentionBackward call{};
+  call.problem = {.dtype = Dtype::bf16,
+                  .total_q = total,
+                  .total_k = total,
+                  .sequences = int64_t(c.lengths.size()),
+                  .heads = c.heads,
+                  .kv_heads = c.heads,
+                  .dim = c.dim,
+                  .dim_v = c.dim,
+                  .cu_seqlens_q = cu_seqlens,
+                  .cu_seqlens_k = cu_seqlens,
+                  .q = input(),
+                  .k = input(),
+                  .v = input(),
+                  .scale = 1 / std::sqrt(double(c.dim)),
+                  .causal = c.causal,
+                  .window_left = -1,
+                  .window_right = -1,
+                  .sink_tokens = 0,
+                  .softcap = 0,
+                  .alibi_slopes = nullptr,
+                  .sinks = nullptr};
+  call.dout = input();
+  call.dq = memory.take<Half>(size_t(count));
+  call.dk = memory.take<Half>(size_t(count));
+  call.dv = memory.take<Half>(size_t(count));
+  call.workspace = memory.take<char>(attention_backward_workspace(call.problem));
+  return call;
+}
+
+// Of the device under test, once a run.
+double mma_peak(cudaStream_t stream) {
+  static const double peak = measure_mma_peak(stream);
+  return peak;
+}
+
+const std::vector<Case>& cases() {
+  static const std::vector<Case> all = attention_cases("gpu");
+  return all;
+}
+
+const Case& case_of(const std::string& name) {
+  return *std::find_if(cases().begin(), cases().end(), [&](const Case& c) { return c.name == name; });
+}
+
+template <bool kBackward>
+void attention(nvbench::state& state) {
+  const Case& c = case_of(state.get_string("Case"));
+  const cudaStream_t stream = state.get_cuda_stream();
+  const double peak = mma_peak(stream);
+  Memory memory;
+  AttentionBackward backward = prepare(c, memory);
+  AttentionForward forward = {.problem = backward.problem,
+                              .out = memory.take<Half>(size_t(c.total() * c.heads * c.dim)),
+                              .lse = memory.take<float>(size_t(c.total() * c.heads)),
+                              .workspace = memory.take<char>(attention_forward_workspace(backward.problem))};
+  backward.out = forward.out;
+  backward.lse = forward.lse;
+  check_cuda(cudaDeviceSynchronize(), "inputs");
+  attention_forward(forward, stream);
+  check_cuda(cudaStreamSynchronize(stream), "attention");
+
+  state.add_global_memory_reads(size_t(c.bytes(kBackward, sizeof(Half))), "least bytes");
+  state.exec(nvbench::exec_tag::no_batch, [&](nvbench::launch& call) {
+    if constexpr (kBackward) {
+      attention_backward(backward, call.get_stream());
+    } else {
+      attention_forward(forward, call.get_stream());
+    }
+  });
+  add_flops(state, c.flops(kBackward), peak);
+}
+
+std::vector<std::string> names() {
+  std::vector<std::string> all;
+  for (const Case& c : cases()) all.push_back(c.name);
+  return all;
+}
+
+void attention_forward_bf16(nvbench::state& state) { attention<false>(state); }
+void attention_backward_bf16(nvbench::state& state) { attention<true>(state); }
+
+// Short, so that the table takes a minute; the clock falls under such loads, which is no reason to leave runs out.
+NVBENCH_BENCH(attention_forward_bf16)
+    .add_string_axis("Case", names())
+    .set_criterion_param_float64("min-time", 0.05)
+    .set_criterion_param_float64("max-noise", 0.01)
+    .set_throttle_threshold(0)
+    .set_timeout(1);
+NVBENCH_BENCH(attention_backward_bf16)
+    .add_string_axis("Case", names())
+    .set_criterion_param_float64("min-time", 0.05)
+    .set_criterion_param_float64("max-noise", 0.01)
+    .set_throttle_threshold(0)
+    .set_timeout(1);
+
+}  // namespace
+}  // namespace packseq::bench
