@@ -205,3 +205,13 @@ _add_attention(
 _add_attention("attention-cross", 2, 1, 96, keys=lambda n: 3 if n == 0 else n * 2 // 3, causal=True, sinks=True)
 _add_attention("attention-192", 2, 1, 192, 128, window=(20, 7), sink_tokens=2)
 _add_attention("attention-256", 2, 1, 256, keys=lambda n: n + 70, softcap=6.0, slopes=True)
+
+
+# ---- packseq.nn
+
+
+def _mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor]:
+    return (packseq.nn.mean_pool(hidden, cu_seqlens),)
+
+
+OPERATORS.append(Operator("mean-pool", _mean_pool, {"hidden": Rows((96,))}, {"mean": Rows((96,), of="sequences")}))

@@ -1,17 +1,15 @@
 """A BERT encoder over packed tokens: every matrix product, norm and activation sees real tokens only."""
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import attention
-from .rows import first_rows, sequences_and_positions
+from .rows import check_boundaries, contents_may_be_checked, first_rows, sequences_and_positions
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -183,28 +181,10 @@ class BertEncoder(nn.Module):
                 raise ValueError(f"BertEncoder: {name} must be packed, [total] of int32 or int64, {got}")
             if ids.shape != input_ids.shape:
                 raise ValueError(f"BertEncoder: {name} must be {tuple(input_ids.shape)} as input_ids is, {got}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] == 0:
-            got = f"got {tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
-            raise ValueError(f"BertEncoder: cu_seqlens must be int32 [sequences + 1], {got}")
-        if cu_seqlens.device != input_ids.device:
-            where = f"on {input_ids.device} as input_ids is, got {cu_seqlens.device}"
-            raise ValueError(f"BertEncoder: cu_seqlens must be {where}")
-        if not torch.compiler.is_compiling() and _may_look(cu_seqlens):
-            self._check_contents(cu_seqlens.tolist(), input_ids.shape[0])
-
-    def _check_contents(self, boundaries: list[int], total: int) -> None:
-        lengths = [end - start for start, end in pairwise(boundaries)]
-        if boundaries[0] != 0 or boundaries[-1] > total or min(lengths, default=0) < 0:
-            rule = f"start at 0, never decrease and end within the {total} rows"
-            raise ValueError(f"BertEncoder: cu_seqlens must {rule}, got {boundaries[:8]} .. {boundaries[-1]}")
-        # Unchecked, on a GPU, it is the embedding that stops a position past its table.
-        most, longest = self.config.max_position_embeddings, max(lengths, default=0)
-        if longest > most:
-            raise ValueError(
-                f"BertEncoder: a sequence may have {most} tokens (max_position_embeddings), one here has {longest}"
-            )
-
-
-def _may_look(tensor: Tensor) -> bool:
-    """Whether contents may be checked: free on the CPU; elsewhere it costs a copy to the host, so on request only."""
-    return tensor.device.type == "cpu" or os.environ.get("PACKSEQ_VALIDATE", "0") not in ("", "0")
+        check_boundaries("BertEncoder", cu_seqlens, input_ids.shape[0], input_ids.device)
+        if contents_may_be_checked(cu_seqlens) and cu_seqlens.shape[0] > 1:
+            # Unchecked, on a GPU, it is the embedding that stops a position past its table.
+            most, longest = self.config.max_position_embeddings, (cu_seqlens[1:] - cu_seqlens[:-1]).max().item()
+            if longest > most:
+                limit = f"{most} tokens (max_position_embeddings)"
+                raise ValueError(f"BertEncoder: sequences must have at most {limit}, got one of {longest}")
