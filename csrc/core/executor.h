@@ -25,8 +25,8 @@ class Executor {
   // f(begin, end), over ranges of at least `grain` items where there are that many.
   template <class F>
   void parallel_for(int64_t count, int64_t grain, const F& f) const {
-    run_(count, grain, [](void* c, int64_t b, int64_t e) { (*static_cast<const F*>(c))(b, e); },
-         const_cast<F*>(&f));
+    run_(
+        count, grain, [](void* c, int64_t b, int64_t e) { (*static_cast<const F*>(c))(b, e); }, const_cast<F*>(&f));
   }
 
  private:
