@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "attention_cases_table.h"  // kAttentionCases: attention_cases.txt, put into a header by CMake
+#include "case_tables.h"
 
 namespace packseq::bench {
 

@@ -1,8 +1,7 @@
 // Attention on the GPU through the C++ API, bfloat16, forward and backward, over attention_cases.txt.
-#include <memory>
-
 #include "attention/attention.h"
 #include "attention_cases.h"
+#include "device_memory.cuh"
 #include "gpu_report.cuh"
 #include "mma_loop.cuh"
 
@@ -29,37 +28,17 @@ __global__ void fill_kernel(const __grid_constant__ Fill fill) {
   fill.data[i] = Half(sqrtf(-2 * logf(u)) * cospif(2 * angle));
 }
 
-// Device memory for as long as a case runs.
-class Memory {
- public:
-  template <class X>
-  X* take(size_t count) {
-    void* p = nullptr;
-    check_cuda(cudaMalloc(&p, std::max<size_t>(count, 1) * sizeof(X)), "benchmark memory");
-    held_.emplace_back(p);
-    return static_cast<X*>(p);
-  }
+Half* normal(DeviceMemory& memory, int64_t count, uint32_t seed) {
+  Half* data = memory.take<Half>(count);
+  launch("fill", fill_kernel, (count + 255) / 256, 256, 0, nullptr, {.data = data, .count = count, .seed = seed});
+  return data;
+}
 
-  Half* normal(int64_t count) {
-    Half* data = take<Half>(size_t(count));
-    const Fill fill = {.data = data, .count = count, .seed = uint32_t(held_.size())};
-    launch("fill", fill_kernel, (count + 255) / 256, 256, 0, nullptr, fill);
-    return data;
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { cudaFree(p); }
-  };
-  std::vector<std::unique_ptr<void, Free>> held_;
-};
-
-AttentionBackward prepare(const Case& c, Memory& memory) {
+AttentionBackward prepare(const Case& c, DeviceMemory& memory) {
   const int64_t total = c.total(), count = total * c.heads * c.dim, token = int64_t(c.heads) * c.dim;
-  const std::vector<int32_t> cu = c.cu_seqlens();
-  int32_t* cu_seqlens = memory.take<int32_t>(cu.size());
-  check_cuda(cudaMemcpy(cu_seqlens, cu.data(), cu.size() * sizeof(int32_t), cudaMemcpyHostToDevice), "cu_seqlens");
-  const auto input = [&] { return Packed{.data = memory.normal(count), .token = token, .head = c.dim}; };
+  const int32_t* cu_seqlens = memory.copy(c.cu_seqlens());
+  uint32_t seed = 0;
+  const auto input = [&] { return Packed{.data = normal(memory, count, ++seed), .token = token, .head = c.dim}; };
   AttentionBackward call{};
   call.problem = {.dtype = Dtype::bf16,
                   .total_q = total,
@@ -83,10 +62,10 @@ AttentionBackward prepare(const Case& c, Memory& memory) {
                   .alibi_slopes = nullptr,
                   .sinks = nullptr};
   call.dout = input();
-  call.dq = memory.take<Half>(size_t(count));
-  call.dk = memory.take<Half>(size_t(count));
-  call.dv = memory.take<Half>(size_t(count));
-  call.workspace = memory.take<char>(attention_backward_workspace(call.problem));
+  call.dq = memory.take<Half>(count);
+  call.dk = memory.take<Half>(count);
+  call.dv = memory.take<Half>(count);
+  call.workspace = memory.take<char>(int64_t(attention_backward_workspace(call.problem)));
   return call;
 }
 
@@ -110,12 +89,12 @@ void attention(nvbench::state& state) {
   const Case& c = case_of(state.get_string("Case"));
   const cudaStream_t stream = state.get_cuda_stream();
   const double peak = mma_peak(stream);
-  Memory memory;
+  DeviceMemory memory;
   AttentionBackward backward = prepare(c, memory);
   AttentionForward forward = {.problem = backward.problem,
-                              .out = memory.take<Half>(size_t(c.total() * c.heads * c.dim)),
-                              .lse = memory.take<float>(size_t(c.total() * c.heads)),
-                              .workspace = memory.take<char>(attention_forward_workspace(backward.problem))};
+                              .out = memory.take<Half>(c.total() * c.heads * c.dim),
+                              .lse = memory.take<float>(c.total() * c.heads),
+                              .workspace = memory.take<char>(int64_t(attention_forward_workspace(backward.problem)))};
   backward.out = forward.out;
   backward.lse = forward.lse;
   check_cuda(cudaDeviceSynchronize(), "inputs");

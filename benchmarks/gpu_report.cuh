@@ -14,16 +14,13 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 
-// Dense bfloat16 FLOP a clock and SM with float32 sums, from NVIDIA's architecture whitepapers: GA100 table 3, GH100
-// table 3, GA102 and AD102 for their data-centre cards (GeForce gets half). 0 where none is declared.
+// Dense bfloat16 FLOP a clock and SM, by NVIDIA's whitepapers on the A100 (312 TFLOP/s from 108 SMs at 1.41 GHz) and
+// the H100 (989 TFLOP/s from 132 SMs at 1.83 GHz). 0 where none is declared: later chips of 8.x differ card by card.
 inline double tensor_flop_per_clock() {
   switch (device_attribute(cudaDevAttrComputeCapabilityMajor) * 10 +
           device_attribute(cudaDevAttrComputeCapabilityMinor)) {
     case 80:
       return 2048;
-    case 86:
-    case 89:
-      return 1024;
     case 90:
       return 4096;
     default:
@@ -31,8 +28,7 @@ inline double tensor_flop_per_clock() {
   }
 }
 
-// At the highest clock the device names, which it may not hold under load: on an H200 1.98 GHz, 1,070 TFLOP/s (the
-// datasheet counts with 1.83 GHz, 989 TFLOP/s).
+// At the highest clock the device names, which it may not hold under load: on an H200 1.98 GHz, so 1,070 TFLOP/s.
 inline double declared_tensor_peak() {
   return tensor_flop_per_clock() * device_attribute(cudaDevAttrMultiProcessorCount) *
          device_attribute(cudaDevAttrClockRate) * 1e3;

@@ -3,12 +3,10 @@
 #pragma once
 #include <cuda_bf16.h>
 
-#include <algorithm>
-#include <vector>
-
 #include "core/device/mma.cuh"
 #include "core/device/shared_tile.cuh"
 #include "core/launch.h"
+#include "device_memory.cuh"
 
 namespace packseq::bench {
 
@@ -110,29 +108,18 @@ __global__ void __launch_bounds__(kMmaThreads) mma_shared_kernel(const __grid_co
   keep(sum, loop.sink);
 }
 
-// FLOP/s of mma.sync out of registers on the current device: the median of a few runs of about a millisecond.
+// FLOP/s of mma.sync out of registers on the current device, from runs of about a millisecond.
 inline double measure_mma_peak(cudaStream_t stream) {
-  constexpr int kRows = 2, kBlocksPerSm = 2, kIterations = 4096, kRuns = 9;
+  constexpr int kRows = 2, kBlocksPerSm = 2, kIterations = 4096;
   int device = 0, sms = 0;
   check_cuda(cudaGetDevice(&device), "device");
   check_cuda(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device), "device");
-  cudaEvent_t begin, end;
-  check_cuda(cudaEventCreate(&begin), "event");
-  check_cuda(cudaEventCreate(&end), "event");
-  std::vector<float> times;
-  for (int i = 0; i < kRuns; ++i) {
-    check_cuda(cudaEventRecord(begin, stream), "event");
-    launch("mma loop", mma_registers_kernel<kRows>, sms * kBlocksPerSm, kMmaThreads, 0, stream,
+  const int blocks = sms * kBlocksPerSm;
+  const double seconds = median_seconds(stream, [&] {
+    launch("mma loop", mma_registers_kernel<kRows>, blocks, kMmaThreads, 0, stream,
            {.iterations = kIterations, .sink = nullptr});
-    check_cuda(cudaEventRecord(end, stream), "event");
-    check_cuda(cudaEventSynchronize(end), "mma loop");
-    times.push_back(0);
-    check_cuda(cudaEventElapsedTime(&times.back(), begin, end), "event");
-  }
-  check_cuda(cudaEventDestroy(begin), "event");
-  check_cuda(cudaEventDestroy(end), "event");
-  std::nth_element(times.begin(), times.begin() + kRuns / 2, times.end());
-  return mma_loop_flops<kRows>(sms * kBlocksPerSm * (kMmaThreads / 32.0), kIterations) / (times[kRuns / 2] * 1e-3);
+  });
+  return mma_loop_flops<kRows>(blocks * (kMmaThreads / 32.0), kIterations) / seconds;
 }
 
 }  // namespace packseq::bench
