@@ -87,9 +87,9 @@ class BertLayer(nn.Module):
 class BertEncoder(nn.Module):
     """BERT without padding: packed token ids in, one hidden vector a token out.
 
-    Attention keeps sequences apart, and everything else works on single rows; so values of one sequence never reach
-    another, NaN neither. Matrix products may round differently with other numbers of rows, though: alone and packed, a
-    sequence's results agree closely, not to the last bit.
+    Attention keeps sequences apart, and everything else works on single rows; so what one sequence holds never reaches
+    another. Matrix products may round differently with other numbers of rows, though: alone and packed, a sequence's
+    results agree closely, not to the last bit.
 
     There is no dropout. Nothing is copied to the host, so calls can be captured in a CUDA graph, and replayed after the
     contents of the inputs changed.
