@@ -94,25 +94,28 @@ struct BackwardWorkspace {
   }
 };
 
-void list_tiles(const TileList& list, const int32_t* cu_seqlens, int64_t total, const int32_t* cu_work,
-                int64_t total_work, int64_t sequences, cudaStream_t stream) {
-  if (list.places == 0) return;
-  build_tile_schedule({.cu_seqlens = cu_seqlens,
-                       .cu_work = cu_work,
-                       .sequences = sequences,
-                       .total = total,
-                       .total_work = total_work,
+void list_queries(const TileList& list, const AttentionProblem& p, cudaStream_t stream) {
+  build_tile_schedule({.cu_seqlens = p.cu_seqlens_q,
+                       .cu_work = p.cu_seqlens_k,
+                       .sequences = p.sequences,
+                       .total = p.total_q,
+                       .total_work = p.total_k,
                        .rows = list.rows,
+                       .order = TileOrder::together,
                        .tiles = list.tiles},
                       stream);
 }
 
-void list_queries(const TileList& list, const AttentionProblem& p, cudaStream_t stream) {
-  list_tiles(list, p.cu_seqlens_q, p.total_q, p.cu_seqlens_k, p.total_k, p.sequences, stream);
-}
-
 void list_keys(const TileList& list, const AttentionProblem& p, cudaStream_t stream) {
-  list_tiles(list, p.cu_seqlens_k, p.total_k, p.cu_seqlens_q, p.total_q, p.sequences, stream);
+  build_tile_schedule({.cu_seqlens = p.cu_seqlens_k,
+                       .cu_work = p.cu_seqlens_q,
+                       .sequences = p.sequences,
+                       .total = p.total_k,
+                       .total_work = p.total_q,
+                       .rows = list.rows,
+                       .order = p.causal ? TileOrder::spread_falling : TileOrder::spread,
+                       .tiles = list.tiles},
+                      stream);
 }
 
 // f(type, padded head dim) for the half types.

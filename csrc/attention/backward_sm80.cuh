@@ -28,11 +28,19 @@
 
 namespace packseq::sm80 {
 
+// One step of a block's walk: a query head of the group, a block of queries, and this block's turn to add to its dQ.
+struct alignas(16) Visit {
+  int group, block, turn;
+  bool last;   // no other block adds to this dQ after this one
+  bool clear;  // every query sees every key
+};
+
 // What a block looks up now and then, kept out of its registers: they are full.
 struct BackwardFacts {
   Mask mask;
   Scores scores;    // of the first head: only the slope differs between heads
-  int visits[256];  // see BackwardBlock::advance(); as many as the block has threads
+  Visit visits[8];  // the last ones and the next, by number modulo 8
+  int table[256];   // see BackwardBlock::advance(); as many as the block has threads
 };
 
 // Tile shapes. Accumulators of dK and dV fill the registers: up to 64 columns a warp owns 32 keys; beyond, two warps
@@ -50,6 +58,7 @@ struct BackwardConfig {
   static constexpr int kChunk = kDim == 192 || kDim == 256 ? 16 : 32;  // whose scores a warp has in registers at once
   static constexpr int kStages = kSmall && kDim > 64 ? 1 : 2;          // buffers of queries and dO
   static constexpr int kBlocksPerSm = kDim <= 64 ? 2 : 1;
+  static constexpr int kTurnsAtOnce = kSplit == 1 ? 1 : 2;  // passed on together: the wait before it costs
   // A warp's part of dQ.
   static constexpr int kDqRows = kDim % 64 == 0 && kDim != 192 ? 32 : 16;
   static constexpr int kDqCols = kQueries / kDqRows * kDim / kWarps;
@@ -70,13 +79,7 @@ struct BackwardParams {
   AttentionBackward call;
   BackwardScratch scratch;
   const Tile* tiles;  // of keys
-};
-
-// One step of a block's walk: a query head of the group, a block of queries, and this block's turn to add to its dQ.
-struct Visit {
-  int group, block, turn;
-  bool last;   // no other block adds to this dQ after this one
-  bool clear;  // every query sees every key
+  int group;          // query heads to a key/value head
 };
 
 template <class T, class C>
@@ -105,29 +108,30 @@ class BackwardBlock {
     first_block_ = blocks.begin;
     blocks_end_ = blocks.end;
     table_begin_ = INT_MAX - C::kThreads;  // empty: holds no block
-    Visit before = {}, now = {}, next = advance({.group = 0, .block = blocks_end_});
+    block_ = blocks_end_;
+    bool more = advance(0);
+    __syncthreads();
     int i = 0;
-    for (; next.group < group_size(); ++i) {
+    for (; more; ++i) {
       if (i == 0) {
         load_keys();
-        fetch(next, 0);
+        fetch(0);
       } else if (C::kStages == 1) {
         __syncthreads();  // the buffer is no longer read
-        fetch(next, i);
+        fetch(i);
       }
-      before = now;
-      now = next;
-      next = advance(now);
+      more = advance(i + 1);
       copy_async_wait<0>();
       __syncthreads();  // this step's tiles and the last step's dS are there; the other buffers are free
-      if (C::kStages == 2 && next.group < group_size()) fetch(next, i + 1);
-      if (i > 0) accumulate_dq(before, i - 1);
-      step(now, i, before);
+      if (C::kStages == 2 && more) fetch(i + 1);
+      step(i);
     }
     __syncthreads();
     if (i > 0) {
-      accumulate_dq(now, i - 1);
-      pass(now);
+      accumulate_dq(i - 1);
+      settle_additions();
+      if (C::kTurnsAtOnce == 2 && i % 2 == 0) pass_on(i - 2);
+      pass_on(i - 1);
       __syncthreads();
     }
     finish();
@@ -137,12 +141,11 @@ class BackwardBlock {
   static constexpr int kCols = C::kDim / C::kSplit;  // of dK and dV that a warp owns
   static constexpr int kColTiles = kCols / 8, kScoreTiles = C::kChunk / 8;
   static constexpr int kKeyWarps = C::kWarps / C::kSplit;
-  static constexpr int kUnlisted = -1, kLast = 1 << 30, kClear = 1 << 29;  // of facts_.visits
+  static constexpr int kUnlisted = -1, kLast = 1 << 30, kClear = 1 << 29;  // of facts_.table
   using Accumulator = float[C::kKeyTiles][kColTiles][4];
   using Chunk = float[C::kKeyTiles][kScoreTiles][4];
 
-  __device__ int group_size() const { return p_.heads / p_.kv_heads; }
-  __device__ int head_of(Visit v) const { return kv_head_ * group_size() + v.group; }
+  __device__ int head_of(Visit v) const { return kv_head_ * params_.group + v.group; }
   __device__ uint32_t shared_v() const { return shared_k_ + C::KeyTile::kBytes; }
   __device__ uint32_t shared_q(int i) const {
     return shared_v() + C::KeyTile::kBytes + i % C::kStages * C::QueryTile::kBytes;
@@ -153,21 +156,24 @@ class BackwardBlock {
   }
   __device__ uint32_t shared_p() const { return shared_ds(0) + 2 * C::ScoreTile::kBytes; }
 
-  // The next block of queries, downwards and then on to the next head, that lists this block of keys.
-  __device__ Visit advance(Visit v) {
+  __device__ Visit visit(int i) const { return facts_.visits[i % 8]; }
+
+  // Writes down visit i, the next block of queries, downwards and then on to the next head, that lists this block of
+  // keys; returns false where there is none. The caller's next barrier makes it known to all threads.
+  __device__ bool advance(int i) {
     for (;;) {
-      if (--v.block < first_block_) {
-        if (++v.group == group_size()) return v;
-        v.block = blocks_end_;
+      if (--block_ < first_block_) {
+        if (++group_ == params_.group) return false;
+        block_ = blocks_end_;
         continue;
       }
-      if (v.block < table_begin_ || v.block >= table_begin_ + C::kThreads) fill_table(v.block + 1 - C::kThreads);
-      const int entry = facts_.visits[v.block - table_begin_];
+      if (block_ < table_begin_ || block_ >= table_begin_ + C::kThreads) fill_table(block_ + 1 - C::kThreads);
+      const int entry = facts_.table[block_ - table_begin_];
       if (entry == kUnlisted) continue;
-      v.turn = entry & ~(kLast | kClear);
-      v.last = entry & kLast;
-      v.clear = entry & kClear;
-      return v;
+      if (threadIdx.x == 0) {
+        facts_.visits[i % 8] = {group_, block_, entry & ~(kLast | kClear), (entry & kLast) != 0, (entry & kClear) != 0};
+      }
+      return true;
     }
   }
 
@@ -186,7 +192,7 @@ class BackwardBlock {
         entry = turn | (turn + 1 >= keys.count ? kLast : 0) | (clear ? kClear : 0);
       }
     }
-    facts_.visits[threadIdx.x] = entry;
+    facts_.table[threadIdx.x] = entry;
     __syncthreads();
   }
 
@@ -195,7 +201,15 @@ class BackwardBlock {
     const int64_t slot = q_begin_ / C::kQueries + sequence_ + v.block;
     return params_.scratch.turns + (head_of(v) * turn_slots(p_, C::kDim) + slot) * C::kWarps + warp_;
   }
-  __device__ void pass(Visit v) const {
+  // To be called in step i when this warp has made its additions for visit i - 1.
+  __device__ void pass(int i) const {
+    if (i % C::kTurnsAtOnce != 0) return;
+    settle_additions();
+    if (C::kTurnsAtOnce == 2) pass_on(i - 2);
+    pass_on(i - 1);
+  }
+  __device__ void pass_on(int i) const {
+    const Visit v = visit(i);
     if (!v.last) pass_turn(counter(v), v.turn + 1);
   }
 
@@ -207,7 +221,8 @@ class BackwardBlock {
   }
 
   // Starts copying a step's queries, dO, lse and delta. Rows outside the sequence become zeros, which add nothing.
-  __device__ void fetch(Visit v, int i) const {
+  __device__ void fetch(int i) const {
+    const Visit v = visit(i);
     using Loader = TileLoader<T, typename C::QueryTile, C::kThreads>;
     const int first = v.block * C::kQueries;
     Loader(p_.q, head_of(v), p_.dim).load(shared_q(i), q_begin_, first, facts_.mask.len_q);
@@ -222,45 +237,50 @@ class BackwardBlock {
   }
   __device__ float* statistics(int i) const { return statistics_ + i % 2 * 2 * C::kQueries; }
 
-  __device__ void step(Visit v, int i, Visit before) {
+  __device__ void step(int i) {
     if (C::kSplit == 1) {
+      if (i > 0) accumulate_dq(i - 1);
 #pragma unroll
       for (int chunk = 0; chunk < C::kQueries; chunk += C::kChunk) {
         Chunk s = {}, dp = {};
-        score(s, dp, v, i, chunk);
+        score(s, dp, i, chunk);
         store(shared_ds(i), dp, chunk);
         accumulate(dv_, s, shared_dout(i), chunk);
         accumulate(dk_, dp, shared_q(i), chunk);
-        if (i > 0 && chunk == 0) pass(before);
+        if (i > 0 && chunk == 0) pass(i);
       }
     } else {
+      // The two warps that share their keys share a scheduler too: they do their parts of dQ at different times, so
+      // that one has products to compute while the other exponentiates or waits for its turn.
       const int mine = half_ * C::kChunk, other = C::kChunk - mine;
+      if (i > 0 && half_ == 0) accumulate_dq(i - 1);
       Chunk s = {}, dp = {};
-      score(s, dp, v, i, mine);
+      score(s, dp, i, mine);
       store(shared_p(), s, mine);
       store(shared_ds(i), dp, mine);
-      if (i > 0 && half_ == 0) pass(before);  // each of the two warps of a scheduler at another time
+      if (i > 0 && half_ == 0) pass(i);
       accumulate(dv_, s, shared_dout(i), mine);
       accumulate(dk_, dp, shared_q(i), mine);
-      if (i > 0 && half_ == 1) pass(before);
-      asm volatile("bar.sync %0, 64;" ::"r"(1 + warp_ % kKeyWarps) : "memory");  // the two warps of these keys
+      if (i > 0 && half_ == 1) accumulate_dq(i - 1);
+      asm volatile("bar.sync %0, 64;" ::"r"(1 + warp_ % kKeyWarps) : "memory");
       accumulate(dv_, shared_p(), shared_dout(i), other);
       accumulate(dk_, shared_ds(i), shared_q(i), other);
+      if (i > 0 && half_ == 1) pass(i);
     }
   }
 
   // P and dS of this warp's keys and a chunk of queries.
-  __device__ void score(Chunk& p, Chunk& ds, Visit v, int i, int chunk) const {
+  __device__ void score(Chunk& p, Chunk& ds, int i, int chunk) const {
     multiply_transposed(p, shared_k_, shared_q(i), chunk);
     multiply_transposed(ds, shared_v(), shared_dout(i), chunk);
-    differentiate(p, ds, v, i, chunk);
+    differentiate(p, ds, i, chunk);
   }
 
   // s += A B^T for this warp's rows of A and a chunk of the rows of B.
   __device__ void multiply_transposed(Chunk& s, uint32_t shared_a, uint32_t shared_b, int chunk) const {
     const int lane = afresh(lane_);
     const uint32_t a_part = rows_first(lane), b_part = columns_first(lane);
-    multiply<T, C::kDim / 16, AHEAD_S>(
+    multiply<T, C::kDim / 16>(
         s,
         [&](auto& a, int k) {
 #pragma unroll
@@ -274,7 +294,8 @@ class BackwardBlock {
   }
 
   // s becomes P, dp becomes dS.
-  __device__ void differentiate(Chunk& s, Chunk& dp, Visit v, int i, int chunk) const {
+  __device__ void differentiate(Chunk& s, Chunk& dp, int i, int chunk) const {
+    const Visit v = visit(i);
     const int first_query = v.block * C::kQueries + chunk, first_key = key_block_ * C::kKeys;
     const auto key_of = [&](int m, int e) { return first_key + warp_key_ + 16 * m + lane_ / 4 + 8 * (e / 2); };
     const auto query_of = [&](int n, int e) { return first_query + 8 * n + lane_ % 4 * 2 + e % 2; };
@@ -358,7 +379,7 @@ class BackwardBlock {
   template <class LoadA>
   __device__ void accumulate(Accumulator& sum, uint32_t shared_b, int chunk, const LoadA& load_a) const {
     const uint32_t b_part = rows_first(afresh(lane_));
-    multiply<T, C::kChunk / 16, AHEAD_K>(sum, load_a, [&](auto& b, int k, int n) {
+    multiply<T, C::kChunk / 16>(sum, load_a, [&](auto& b, int k, int n) {
       const int col = half_ * (kCols / 16) + n;
       load_matrix_x4_transposed(b, fragment<typename C::QueryTile>(shared_b, b_part, chunk + 16 * k, col));
     });
@@ -383,7 +404,8 @@ class BackwardBlock {
 
   // dQ += dS K for the queries of step i, in turn with the other blocks of keys. In a row of the sum the columns
   // 16 c + {2t, 2t + 1, 2t + 8, 2t + 9} stand together, at 16 c + 4 t: one 16-byte access for a thread.
-  __device__ void accumulate_dq(Visit v, int i) const {
+  __device__ void accumulate_dq(int i) const {
+    const Visit v = visit(i);
     constexpr int kRowTiles = C::kDqRows / 16, kTiles = C::kDqCols / 8, kAcross = C::kDim / C::kDqCols;
     const int row0 = warp_ / kAcross * C::kDqRows, col0 = warp_ % kAcross * C::kDqCols;
     const int* const turns = counter(v);
@@ -391,7 +413,7 @@ class BackwardBlock {
     float dq[kRowTiles][kTiles][4] = {};
     const int lane = afresh(lane_);
     const uint32_t a_part = columns_first(lane), b_part = rows_first(lane);
-    multiply<T, C::kKeys / 16, AHEAD_Q>(
+    multiply<T, C::kKeys / 16>(
         dq,
         [&](auto& a, int k) {
 #pragma unroll
@@ -403,6 +425,7 @@ class BackwardBlock {
         [&](auto& b, int k, int n) {
           load_matrix_x4_transposed(b, fragment<typename C::KeyTile>(shared_k_, b_part, 16 * k, col0 / 16 + n));
         });
+    turn = afresh(turn);  // not to be tested before
     while (turn < v.turn) turn = look_at(turns);
     float* rows = params_.scratch.dq + (head_of(v) * p_.total_q + q_begin_) * C::kDim + col0 + lane_ % 4 * 4;
 #pragma unroll
@@ -474,6 +497,7 @@ class BackwardBlock {
   const uint32_t shared_k_;
   float* const statistics_;  // lse, then delta, of a step's queries; two buffers
   int first_block_, blocks_end_, table_begin_;
+  int group_ = 0, block_;  // of the latest visit
 
   Accumulator dk_ = {}, dv_ = {};
 };
@@ -508,7 +532,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   if (threadIdx.x == 0) {
     facts = {Mask(p, span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence).size(),
                   span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence).size()),
-             Scores(p, kv_head * (p.heads / p.kv_heads))};
+             Scores(p, kv_head * params.group)};
   }
   __syncthreads();
   BackwardBlock<T, C>(params, facts, tile, kv_head, shared).run();
@@ -523,7 +547,8 @@ void launch_backward(const BackwardParams& params, int64_t places, cudaStream_t 
 template <class T, int kDim>
 void backward(const AttentionBackward& call, const BackwardScratch& scratch, bool small, const Tile* key_tiles,
               int64_t places, cudaStream_t stream) {
-  const BackwardParams params = {.call = call, .scratch = scratch, .tiles = key_tiles};
+  const BackwardParams params = {
+      .call = call, .scratch = scratch, .tiles = key_tiles, .group = call.problem.heads / call.problem.kv_heads};
   dispatch<false, true>("small", small, [&](auto small_c) {
     using C = BackwardConfig<kDim, small_c && kDim != 64>;
     static_assert(C::kKeys == backward_rows(kDim, small_c) && C::kQueries == turn_rows(kDim));

@@ -34,10 +34,10 @@ struct ForwardConfig {
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;  // of 16 rows, for each warp
   static constexpr int kQueries = 16 * kRowTiles * kWarps;
-  static constexpr int kKeys = kDim == 64 ? PACKSEQ_D64_KEYS : kDim <= 128 ? 64 : 32;
-  static constexpr int kBlocksPerSm = kDim == 64 ? BPS64 : 2;
-  static constexpr bool kHoldQueries = kDim == 64 && QREG;
-  static constexpr float kStale = 8.0f;  // how far, in powers of two, a row's maximum may lag
+  static constexpr int kKeys = kDim <= 128 ? 64 : 32;
+  static constexpr int kBlocksPerSm = 2;
+  static constexpr bool kHoldQueries = kDim == 64;  // in registers all along
+  static constexpr float kStale = 8.0f;             // how far, in powers of two, a row's maximum may lag
 
   using QueryTile = SharedTile<kQueries, kDim>;
   using KeyTile = SharedTile<kKeys, kDim>;
@@ -90,7 +90,6 @@ class ForwardBlock {
       values.load(shared_v(i), k_begin_, first_key, facts_.mask.len_k);
     };
     const int count = facts_.blocks.count;
-#if NEXT
     int now = 0, next = facts_.blocks[0] * C::kKeys;
     if (count > 0) fetch(0, next);
     copy_async_commit();
@@ -105,19 +104,6 @@ class ForwardBlock {
       copy_async_commit();
       step(i, now);
     }
-#else
-    if (count > 0) fetch(0, facts_.blocks[0] * C::kKeys);
-    copy_async_commit();
-
-    for (int i = 0; i < count; ++i) {
-      copy_async_wait<0>();
-      __syncthreads();  // this step's tiles are there, and the other buffers are no longer read
-      if (i + 1 < count) fetch(i + 1, facts_.blocks[i + 1] * C::kKeys);
-      if (C::kHoldQueries && i == 0) hold_queries();
-      copy_async_commit();
-      step(i, facts_.blocks[i] * C::kKeys);
-    }
-#endif
     if (count == 0) {  // the queries' copies may be under way still, to where the output will be staged
       copy_async_wait<0>();
       __syncthreads();
@@ -183,7 +169,7 @@ class ForwardBlock {
   __device__ void multiply_keys(float (&s)[C::kRowTiles][kScoreTiles][4], uint32_t shared_k) const {
     const int lane = afresh(lane_);
     const uint32_t q_part = rows_first(lane), k_part = columns_first(lane);
-    multiply<T, C::kDim / 16, AHEAD_F>(
+    multiply<T, C::kDim / 16>(
         s,
         [&](auto& q, int k) {
 #pragma unroll
@@ -213,7 +199,7 @@ class ForwardBlock {
   // O += P V, where s holds P.
   __device__ void multiply_values(const float (&s)[C::kRowTiles][kScoreTiles][4], uint32_t shared_v) {
     const uint32_t v_part = rows_first(afresh(lane_));
-    multiply<T, C::kKeys / 16, AHEAD_F>(
+    multiply<T, C::kKeys / 16>(
         out_,
         [&](auto& p, int k) {
 #pragma unroll

@@ -1,13 +1,16 @@
-// Writes the list of tiles: a stable counting sort of the sequences by work, in one kernel of one block.
+// Writes the list of tiles: a stable counting sort of pieces of the sequences by work, in one kernel of one block.
 //
-// Every warp owns a contiguous range of sequences and a row of counters in shared memory, one counter for each class
-// of work, in tiles. The sequences are read twice:
+// A piece is a run of a sequence's tiles: one of eight where tiles are to be spread and sequences are not very many,
+// else the whole sequence. Later pieces count as less work, so that tiles of one sequence do not all run at once.
 //
-//   1. each warp counts the tiles of its sequences into its row
+// Every warp owns a contiguous range of pieces and a row of counters in shared memory, one counter for each class
+// of work, in tiles. The pieces are read twice:
+//
+//   1. each warp counts the tiles of its pieces into its row
 //      the rows become prefix sums: over the warps within a class, then over the classes, most work first
-//   2. each warp goes over its sequences again; the counter is where a sequence's tiles begin, and moves on by them
+//   2. each warp goes over its pieces again; the counter is where a piece's tiles begin, and moves on by them
 //
-// Lanes of a warp whose sequences are in one class agree on their order with shuffles, so nothing is atomic and the
+// Lanes of a warp whose pieces are in one class agree on their order with shuffles, so nothing is atomic and the
 // list is the same on every run. Sums saturate at the list's capacity: malformed boundaries can claim any number of
 // tiles, and those beyond the list are dropped.
 #include <limits>
@@ -20,18 +23,20 @@ namespace packseq {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
-constexpr int kClasses = 256;          // 8 to a power of two
+constexpr int kClasses = 256;  // 8 to a power of two
+constexpr int64_t kManySequences = 4096;
 constexpr unsigned kAll = ~0u;         // lanes of a warp
 constexpr uint32_t kOwnTilesMost = 2;  // a lane writes so many by itself; more are a warp's work
 
 struct ListParams {
   TileScheduleParams schedule;
   uint32_t capacity;
+  uint32_t pieces;  // of each sequence
 };
 
-// The tiles of a sequence: how many, and from which place of the list on.
+// The tiles of a piece: how many, from which of its sequence's blocks on, and from which place of the list on.
 struct Run {
-  uint32_t first, count;
+  uint32_t first, count, block;
 };
 
 struct Shared {
@@ -89,15 +94,22 @@ __device__ uint32_t claim(uint32_t* row, uint32_t work_class, uint32_t count, ui
   return first;
 }
 
-struct Sequence {
-  uint32_t tiles, work_class;
+struct Piece {
+  uint32_t block, tiles, work_class;  // its first block
 };
 
-__device__ Sequence look_up(const TileScheduleParams& p, int64_t i) {
-  if (i >= p.sequences) return {0, kClasses - 1};
-  const uint32_t rows = uint32_t(span_of(p.cu_seqlens, p.sequences, p.total, i).size());  // boundaries are int32
-  const uint32_t work = uint32_t(span_of(p.cu_work, p.sequences, p.total_work, i).size());
-  return {rows / p.rows + (rows % p.rows != 0), class_of(work)};
+__device__ Piece look_up(const ListParams& p, int64_t item) {
+  const auto& [cu_seqlens, cu_work, sequences, total, total_work, tile_rows, order, tiles] = p.schedule;
+  const int64_t i = item / p.pieces;
+  const uint32_t piece = uint32_t(item % p.pieces);
+  if (i >= sequences) return {0, 0, kClasses - 1};
+  const uint32_t rows = uint32_t(span_of(cu_seqlens, sequences, total, i).size());  // boundaries are int32
+  const uint32_t work = uint32_t(span_of(cu_work, sequences, total_work, i).size());
+  const uint32_t count = rows / tile_rows + (rows % tile_rows != 0);
+  const uint32_t begin = uint32_t(uint64_t(count) * piece / p.pieces);
+  const uint32_t end = uint32_t(uint64_t(count) * (piece + 1) / p.pieces);
+  const uint32_t parts = order == TileOrder::spread_falling ? p.pieces : 2 * p.pieces;  // down to an eighth, or half
+  return {begin, end - begin, class_of(uint32_t(uint64_t(work) * (parts - piece) / parts))};
 }
 
 // From tiles in each (warp, class) to where they begin: within the class into rows, of the classes into classes.
@@ -127,7 +139,7 @@ __device__ void accumulate(Shared& s, int warps, uint32_t most) {
 
 // Slack, then nothing, from place `first` of the list to its end.
 __device__ void fill_rest(const ListParams& p, uint32_t first) {
-  const auto& [cu_seqlens, cu_work, sequences, total, total_work, rows, tiles] = p.schedule;
+  const auto& [cu_seqlens, cu_work, sequences, total, total_work, rows, order, tiles] = p.schedule;
   const int64_t slack = (span_of(cu_seqlens, sequences, total, sequences).size() + rows - 1) / rows;
   for (int64_t at = int64_t(first) + threadIdx.x; at < p.capacity; at += kThreads) {
     const int64_t block = at - first;
@@ -137,23 +149,24 @@ __device__ void fill_rest(const ListParams& p, uint32_t first) {
 
 __device__ void write(const ListParams& p, int64_t sequence, Run run, uint32_t lane, uint32_t lanes) {
   for (uint32_t block = lane; block < run.count && block < p.capacity - run.first; block += lanes) {
-    p.schedule.tiles[run.first + block] = {int32_t(sequence), int32_t(block)};
+    p.schedule.tiles[run.first + block] = {int32_t(sequence), int32_t(run.block + block)};
   }
 }
 
 __global__ void __launch_bounds__(kThreads) list_tiles_kernel(const __grid_constant__ ListParams p) {
   __shared__ Shared s;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t sequences = p.schedule.sequences;
-  const int64_t rounds = (sequences + kThreads - 1) / kThreads, range = 32 * rounds;  // of each warp
-  const int warps = rounds == 0 ? 0 : int((sequences + range - 1) / range);           // that have any
-  const auto sequence_of = [&](int64_t round, int w, int l) { return w * range + round * 32 + l; };
+  const int64_t items = p.schedule.sequences * p.pieces;
+  const int64_t rounds = (items + kThreads - 1) / kThreads, range = 32 * rounds;  // of each warp
+  const int warps = rounds == 0 ? 0 : int((items + range - 1) / range);           // that have any
+  const auto item_of = [&](int64_t round, int w, int l) { return w * range + round * 32 + l; };
+  const auto sequence_of = [&](int64_t round, int w, int l) { return item_of(round, w, l) / p.pieces; };
 
   if (warp < warps) {
     for (int i = lane; i < kClasses; i += 32) s.rows[warp][i] = 0;
     __syncwarp();
     for (int64_t round = 0; round < rounds; ++round) {
-      const Sequence x = look_up(p.schedule, sequence_of(round, warp, lane));
+      const Piece x = look_up(p, item_of(round, warp, lane));
       claim(s.rows[warp], x.work_class, x.tiles, p.capacity);
     }
   }
@@ -162,11 +175,11 @@ __global__ void __launch_bounds__(kThreads) list_tiles_kernel(const __grid_const
   fill_rest(p, s.tiles);
 
   for (int64_t round = 0; round < rounds; ++round) {
-    Run run = {0, 0};
+    Run run = {0, 0, 0};
     if (warp < warps) {
-      const Sequence x = look_up(p.schedule, sequence_of(round, warp, lane));
+      const Piece x = look_up(p, item_of(round, warp, lane));
       const uint32_t first = claim(s.rows[warp], x.work_class, x.tiles, p.capacity);
-      run = {plus(s.classes[x.work_class], first, p.capacity), x.tiles};
+      run = {plus(s.classes[x.work_class], first, p.capacity), x.tiles, x.block};
     }
     if (run.count <= kOwnTilesMost) {
       write(p, sequence_of(round, warp, lane), run, 0, 1);
@@ -189,7 +202,9 @@ void build_tile_schedule(const TileScheduleParams& p, cudaStream_t stream) {
   check(capacity <= std::numeric_limits<int32_t>::max(), "tile schedule: ", p.total, " rows in tiles of ", p.rows,
         " need a list of ", capacity, ", which must be below 2^31");
   if (capacity == 0) return;
-  launch("tile schedule", list_tiles_kernel, 1, kThreads, 0, stream, {.schedule = p, .capacity = uint32_t(capacity)});
+  const bool whole = p.order == TileOrder::together || p.sequences > kManySequences;
+  launch("tile schedule", list_tiles_kernel, 1, kThreads, 0, stream,
+         {.schedule = p, .capacity = uint32_t(capacity), .pieces = whole ? 1u : 8u});
 }
 
 }  // namespace packseq

@@ -33,29 +33,22 @@ __device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&d)[4], const 
 }
 
 // sum[16 kRows, 8 kColTiles] += A B over kDepth products of depth 16: load_a(a, k) fills A's fragments of all rows,
-// load_b(b, k, n) B's of columns 16 n .. 16 n + 16. kAhead: fragments are fetched one ahead of their use.
-template <class T, int kDepth, bool kAhead, int kRows, int kColTiles, class LoadA, class LoadB>
+// load_b(b, k, n) B's of columns 16 n .. 16 n + 16. The compiler moves the loads ahead as far as registers allow.
+template <class T, int kDepth, int kRows, int kColTiles, class LoadA, class LoadB>
 __device__ __forceinline__ void multiply(float (&sum)[kRows][kColTiles][4], const LoadA& load_a, const LoadB& load_b) {
-  constexpr int kCols = kColTiles / 2;
-  uint32_t a[2][kRows][4], b[2][4];
-  if (kAhead) {
-    load_a(a[0], 0);
-    load_b(b[0], 0, 0);
-  }
 #pragma unroll
-  for (int i = 0; i < kDepth * kCols; ++i) {
-    const int k = i / kCols, n = i % kCols;
-    if (kAhead) {
-      if (i + 1 < kDepth * kCols) load_b(b[(i + 1) % 2], (i + 1) / kCols, (i + 1) % kCols);
-      if (n == 0 && k + 1 < kDepth) load_a(a[(k + 1) % 2], k + 1);
-    } else {
-      if (n == 0) load_a(a[k % 2], k);
-      load_b(b[i % 2], k, n);
-    }
+  for (int k = 0; k < kDepth; ++k) {
+    uint32_t a[kRows][4];
+    load_a(a, k);
 #pragma unroll
-    for (int m = 0; m < kRows; ++m) {
-      mma_16x8x16<T>(sum[m][2 * n], a[k % 2][m], b[i % 2][0], b[i % 2][1]);
-      mma_16x8x16<T>(sum[m][2 * n + 1], a[k % 2][m], b[i % 2][2], b[i % 2][3]);
+    for (int n = 0; n < kColTiles / 2; ++n) {
+      uint32_t b[4];
+      load_b(b, k, n);
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        mma_16x8x16<T>(sum[m][2 * n], a[m], b[0], b[1]);
+        mma_16x8x16<T>(sum[m][2 * n + 1], a[m], b[2], b[3]);
+      }
     }
   }
 }

@@ -7,17 +7,21 @@
 namespace packseq {
 
 // How far a counter has come. Additions made after it has reached one's turn come after those that were made before
-// it was passed on: both are performed in the L2, and pass_turn() waits until its warp's are.
+// it was passed on: both are performed in the L2.
 __device__ __forceinline__ int look_at(const int* counter) {
   int turn;
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(turn) : "l"(counter) : "memory");
   return turn;
 }
 
-// Says that the calling warp has made its additions, all lanes before any lane gets here.
-__device__ __forceinline__ void pass_turn(int* counter, int turn) {
+// Waits until all that the warp's lanes have added is there for everyone; then lane 0 may pass turns on.
+__device__ __forceinline__ void settle_additions() {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(turn) : "memory");
+  if (threadIdx.x % 32 == 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
+__device__ __forceinline__ void pass_turn(int* counter, int turn) {
+  if (threadIdx.x % 32 == 0) asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(turn) : "memory");
 }
 
 // Adds four floats to global memory, each exactly once; nobody waits for the outcome.
