@@ -23,11 +23,8 @@ void dispatch_dim(const AttentionProblem& p, const F& f) {
 struct Shape {
   int threads, blocks;
 };
-constexpr Shape forward_shape(int dim) {
-  return dim <= 64 ? Shape{128, 3} : dim <= 128 ? Shape{128, 3} : Shape{256, 2};
-}
-constexpr Shape dq_shape(int dim) { return dim <= 64 ? Shape{128, 3} : dim <= 128 ? Shape{128, 3} : Shape{256, 1}; }
-constexpr Shape dkv_shape(int dim) { return dim <= 64 ? Shape{128, 2} : dim <= 128 ? Shape{128, 2} : Shape{256, 1}; }
+constexpr Shape query_shape(int dim) { return dim <= 128 ? Shape{128, 3} : Shape{256, 1}; }  // forward and dq
+constexpr Shape key_shape(int dim) { return dim <= 128 ? Shape{128, 2} : Shape{256, 1}; }    // dk and dv
 
 // Bytes of shared memory: tiles of scores, two stages, facts.
 template <class T, class Facts>
@@ -39,7 +36,7 @@ constexpr size_t shared_bytes(int score_tiles) {
 
 void attention_forward_f32(const AttentionForward& call, const Tile* q_tiles, int64_t q_places, cudaStream_t stream) {
   dispatch_dim(call.problem, [&](auto dim) {
-    constexpr Shape kShape = forward_shape(dim);
+    constexpr Shape kShape = query_shape(dim);
     using T = FfmaTile<dim, kShape.threads>;
     launch("attention forward", f32::forward_kernel<T, kShape.blocks>, q_places * call.problem.heads, T::kThreads,
            shared_bytes<T, f32::Facts>(1), stream, {.call = call, .tiles = q_tiles});
@@ -50,7 +47,7 @@ void attention_backward_f32(const AttentionBackward& call, const float* delta, c
                             const Tile* k_tiles, int64_t k_places, cudaStream_t stream) {
   const AttentionProblem& p = call.problem;
   dispatch_dim(p, [&](auto dim) {
-    constexpr Shape kKeys = dkv_shape(dim), kQueries = dq_shape(dim);
+    constexpr Shape kKeys = key_shape(dim), kQueries = query_shape(dim);
     using K = FfmaTile<dim, kKeys.threads>;
     using Q = FfmaTile<dim, kQueries.threads>;
     launch("attention backward, dk and dv", f32::dkv_kernel<K, kKeys.blocks>, k_places * p.kv_heads, K::kThreads,

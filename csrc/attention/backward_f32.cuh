@@ -19,11 +19,11 @@ struct BackwardParams {
   const Tile* tiles;   // of queries for dq, of keys for dk and dv
 };
 
-// The log-sum-exp of a query in units of log 2. A row outside the sequence, or one that sees nothing, has no weight.
+// The log-sum-exp of a query. A row outside the sequence, or one that sees nothing, has no weight.
 __device__ inline float row_lse(const BackwardParams& params, int64_t row, int head, bool inside) {
   if (!inside) return INFINITY;
   const float lse = static_cast<const float*>(params.call.lse)[row * params.call.problem.heads + head];
-  return lse == -INFINITY ? INFINITY : lse * kLog2e;
+  return lse == -INFINITY ? INFINITY : lse;
 }
 
 // D of a query whose row_lse() is `lse`.
@@ -68,7 +68,7 @@ class DqBlock {
         const int32_t first_key = facts_.keys[step] * T::kSize;
         facts_.scores.template transform<T, false>(s, facts_.mask, facts_.first_query, first_key, ds_);
         T::for_each([&](int i, int j) {
-          const float p = exp_shifted(s[i][j], rows_[T::row(i)].x);
+          const float p = exp_accurate(s[i][j] - rows_[T::row(i)].x);
           T::score(ds_, i, j) = facts_.scores.capped() ? p * T::score(ds_, i, j) : p;
         });
       }
@@ -176,7 +176,7 @@ class DkvBlock {
       scores.set_head(p_, head);
       scores.template transform<T, true>(s, facts_.mask, first_query, key_facts_.first_key, ds_tile_);
       T::for_each([&](int i, int j) {
-        const float p = exp_shifted(s[i][j], lse[j]);
+        const float p = exp_accurate(s[i][j] - lse[j]);
         T::score(p_tile_, i, j) = p;
         T::score(ds_tile_, i, j) = scores.capped() ? p * T::score(ds_tile_, i, j) : p;
       });

@@ -117,7 +117,7 @@ class ForwardBlock {
       for (float& x : out_[i]) x *= by;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float p = exp_shifted(s[i][j], base);
+        const float p = exp2_approx(fmaf(s[i][j], kLog2e, -base));
         sum_[i] += p;
         T::score(probabilities_, i, j) = p;
       }

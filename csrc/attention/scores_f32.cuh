@@ -62,7 +62,7 @@ class ScoresF32 {
   float scale_, cap_, slope_;
 };
 
-// exp(x - shift), where `shift` is in units of log 2. One rounding before the exponential.
-__device__ __forceinline__ float exp_shifted(float x, float shift) { return exp2_approx(fmaf(x, kLog2e, -shift)); }
+// exp(x) with a relative error that grows with |x| by a rounding only.
+__device__ __forceinline__ float exp_accurate(float x) { return exp2_approx(x * kLog2e); }
 
 }  // namespace packseq

@@ -42,8 +42,6 @@ struct FfmaTile {
   static constexpr int kScores = kSize * kSize;  // floats of a tile of scores
   static_assert(kDim % 64 == 0 && kDown % 8 == 0 && kSize % kSliceRows == 0);
 
-  static constexpr int kUnroll = 1;
-
   using Scores = float[kRows][4];
   using Sums = float[kRows][kDim / 16];
 
@@ -89,7 +87,7 @@ struct FfmaTile {
   __device__ __forceinline__ static void multiply_transposed(Scores& s, const float* a_slice, const float* b_slice) {
     const float4* a_rows = reinterpret_cast<const float4*>(a_slice) + down() * 8;
     const float4* b_rows = reinterpret_cast<const float4*>(b_slice) + across() * 8;
-#pragma unroll(kUnroll)
+#pragma unroll 1
     for (int c = 0; c < 8; ++c) {
       const int a_chunk = c ^ (down() % 8), b_chunk = c ^ (across() % 8);
       float4 b[4];
@@ -106,31 +104,42 @@ struct FfmaTile {
     }
   }
 
-  // sums += A B, where A is columns `first` ... + kSliceRows of a tile of scores and B a slice of rows.
+  // sums += A B, where A is columns `first` ... + kSliceRows of a tile of scores and B a slice of rows. A slice is
+  // summed by itself first: over long sequences that rounds far less than one sum over all rows.
   __device__ __forceinline__ static void multiply(Sums& sums, const float* scores, int first, const float* slice) {
+    constexpr int kGroups = 32 / (4 * kRows);  // groups of four columns that are summed at once
     const float4* a_rows = reinterpret_cast<const float4*>(scores) + down() * (kSize / 4);
     const float4* b_rows = reinterpret_cast<const float4*>(slice) + across();
-#pragma unroll 2
-    for (int k = 0; k < kSliceRows / 4; ++k) {
-      const int chunk = (first / 4 + k) ^ (down() % 2 * 4);
-      float4 a[kRows];
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) a[i] = a_rows[i * kDown * (kSize / 4) + chunk];
+    for (int j = 0; j < kDim / 64; j += kGroups) {
+      float part[kRows][4 * kGroups] = {};
+#pragma unroll 1
+      for (int k = 0; k < kSliceRows / 4; ++k) {
+        const int chunk = (first / 4 + k) ^ (down() % 2 * 4);
+        float4 a[kRows];
 #pragma unroll
-      for (int r = 0; r < 4; ++r) {
+        for (int i = 0; i < kRows; ++i) a[i] = a_rows[i * kDown * (kSize / 4) + chunk];
 #pragma unroll
-        for (int j = 0; j < kDim / 64; ++j) {
-          const float4 b = b_rows[(4 * k + r) * (kDim / 4) + 16 * j];
+        for (int r = 0; r < 4; ++r) {
 #pragma unroll
-          for (int i = 0; i < kRows; ++i) {
-            const float x = r == 0 ? a[i].x : r == 1 ? a[i].y : r == 2 ? a[i].z : a[i].w;
-            float* sum = sums[i] + 4 * j;
-            sum[0] = fmaf(x, b.x, sum[0]);
-            sum[1] = fmaf(x, b.y, sum[1]);
-            sum[2] = fmaf(x, b.z, sum[2]);
-            sum[3] = fmaf(x, b.w, sum[3]);
+          for (int g = 0; g < kGroups; ++g) {
+            const float4 b = b_rows[(4 * k + r) * (kDim / 4) + 16 * (j + g)];
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+              const float x = r == 0 ? a[i].x : r == 1 ? a[i].y : r == 2 ? a[i].z : a[i].w;
+              float* sum = part[i] + 4 * g;
+              sum[0] = fmaf(x, b.x, sum[0]);
+              sum[1] = fmaf(x, b.y, sum[1]);
+              sum[2] = fmaf(x, b.z, sum[2]);
+              sum[3] = fmaf(x, b.w, sum[3]);
+            }
           }
         }
+      }
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4 * kGroups; ++c) sums[i][4 * j + c] += part[i][c];
       }
     }
   }
