@@ -14,11 +14,6 @@ std::string listed(const int64_t* sizes, size_t count) {
   return text + "]";
 }
 
-bool validates_everywhere() {
-  const char* set = std::getenv("PACKSEQ_VALIDATE");
-  return set && std::string_view(set) == "1";
-}
-
 }  // namespace
 
 std::string shape_of(const Tensor& t) { return listed(t.sizes().data(), t.sizes().size()); }
@@ -98,10 +93,20 @@ void check_boundaries(const Argument& a, const Argument& like) {
   check(a.tensor.is_contiguous(), a, " must be contiguous, got stride ", a.tensor.stride(0));
 }
 
-void check_boundary_values(const Argument& a, int64_t total) {
-  if (!a.tensor.is_cpu() && !validates_everywhere()) return;
+bool validates(const Tensor& t) {
+  if (t.is_cpu()) return true;
+  const char* set = std::getenv("PACKSEQ_VALIDATE");
+  return set && std::string_view(set) == "1";
+}
+
+Tensor on_host(const Tensor& t) {
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  const Tensor host = a.tensor.is_cpu() ? a.tensor : torch::stable::to(a.tensor, cpu);
+  return t.is_cpu() ? t : torch::stable::to(t, cpu);
+}
+
+void check_boundary_values(const Argument& a, int64_t total) {
+  if (!validates(a.tensor)) return;
+  const Tensor host = on_host(a.tensor);
   const int32_t* at = static_cast<const int32_t*>(host.const_data_ptr());
   const int64_t last = host.size(0) - 1;
   check(at[0] == 0, a, " must start at 0, got ", at[0]);

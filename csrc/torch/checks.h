@@ -43,10 +43,14 @@ void check_dtype(const Argument&, ScalarType expected);
 void check_same_dtype(const Argument&, const Argument& like);
 void check_same_device(const Argument&, const Argument& like);
 
+// Whether the contents of index tensors are to be checked: on the CPU, where that costs nothing, and with
+// PACKSEQ_VALIDATE=1 in the environment everywhere, which copies them to the host.
+bool validates(const Tensor&);
+Tensor on_host(const Tensor&);
+
 // A vector of boundaries: int32, one dimension, at least one element, contiguous, beside `like`.
 void check_boundaries(const Argument&, const Argument& like);
-// What is in it: starts at 0, never decreases, ends within `total`. Checked on the CPU, where that costs nothing, and
-// with PACKSEQ_VALIDATE=1 in the environment on a GPU too, which copies it to the host.
+// What is in it, where validates() says so: starts at 0, never decreases, ends within `total`.
 void check_boundary_values(const Argument&, int64_t total);
 
 // t if a kernel can read its rows [total, heads, dim] in place: the last dimension contiguous, rows at multiples of

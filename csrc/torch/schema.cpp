@@ -13,4 +13,11 @@ STABLE_TORCH_LIBRARY(packseq, m) {
       "Tensor cu_seqlens, Tensor? cu_seqlens_k, bool causal, int window_left, int window_right, int sink_tokens, "
       "float softcap, Tensor? alibi_slopes, Tensor? sinks, float? scale)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+
+  // csrc/torch/packing.cpp; one of mask and lengths is given; places are indices (int64) or cu_seqlens (int32)
+  m.def(
+      "pack(Tensor padded, Tensor? mask, Tensor? lengths, SymInt? capacity=None)"
+      " -> (Tensor tokens, Tensor cu_seqlens, Tensor indices)");
+  m.def("unpack(Tensor tokens, Tensor places, SymInt batch, SymInt length, Tensor? fill=None) -> Tensor padded");
+  m.def("unpack_backward(Tensor dpadded, Tensor places, SymInt capacity) -> Tensor dtokens");
 }

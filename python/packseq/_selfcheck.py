@@ -70,6 +70,40 @@ def _check_attention(device: str, dtype: torch.dtype) -> float:
     return max(_error(x, y) for x, y in zip((out, *grads), (right, *right_grads), strict=True))
 
 
+def _left_padding() -> Tensor:
+    longest = max(LENGTHS)
+    return torch.arange(longest) >= longest - torch.tensor(LENGTHS)[:, None]
+
+
+def _check_pack(device: str, dtype: torch.dtype) -> float:
+    from .packing import pack
+
+    mask = _left_padding()
+    exact = _random(*mask.shape, 8, dtype=dtype).double().requires_grad_()
+    seed = _random(sum(LENGTHS), 8, dtype=dtype)
+    (right_grad,) = torch.autograd.grad(exact[mask], exact, seed.double())
+
+    ours = exact.detach().to(device, dtype).requires_grad_()
+    tokens, cu_seqlens, _ = pack(ours, mask.to(device), capacity=sum(LENGTHS))
+    (grad,) = torch.autograd.grad(tokens, ours, seed.to(device))
+    return max(_error(cu_seqlens, _boundaries("cpu")), _error(tokens, exact[mask]), _error(grad, right_grad))
+
+
+def _check_unpack(device: str, dtype: torch.dtype) -> float:
+    from .packing import unpack
+
+    mask = _left_padding()
+    exact = _random(sum(LENGTHS), 8, dtype=dtype).double().requires_grad_()
+    seed = _random(*mask.shape, 8, dtype=dtype)
+    right = torch.zeros(*mask.shape, 8, dtype=torch.float64).masked_scatter(mask[..., None], exact)
+    (right_grad,) = torch.autograd.grad(right, exact, seed.double())
+
+    ours = exact.detach().to(device, dtype).requires_grad_()
+    padded = unpack(ours, mask.view(-1).nonzero()[:, 0].to(device), *mask.shape)
+    (grad,) = torch.autograd.grad(padded, ours, seed.to(device))
+    return max(_error(padded, right), _error(grad, right_grad))
+
+
 def _error(ours: Tensor, right: Tensor) -> float:
     return ((ours.double().cpu() - right).abs().max() / right.abs().max()).item()
 
@@ -77,6 +111,8 @@ def _error(ours: Tensor, right: Tensor) -> float:
 # Operator -> its check. Every forward operator of torch.ops.packseq has one; a test counts them.
 CHECKS: dict[str, Callable[[str, torch.dtype], float]] = {
     "attention": _check_attention,
+    "pack": _check_pack,
+    "unpack": _check_unpack,
 }
 
 
