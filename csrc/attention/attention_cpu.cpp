@@ -97,9 +97,14 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
   const AttentionKernels kernels = kernels_for(p.dtype);
   const int workers = work.workers(executor, p.kv_heads);
   const WorkerScratch scratch(workers, kernels.forward_scratch(p));
-  work.run(executor, workers, p.kv_heads, [&](const Place& at, int64_t kv_head, int64_t worker) {
-    const QueryTile tile{queries_of(p, at.sequence), keys_of(p, at.sequence), at.q0, at.q1, int(kv_head)};
-    kernels.forward(f, tile, scratch.of(worker));
+  using Piece = WorkList<Place>::Piece;
+  const auto tile = [&](const Piece& x) {
+    return QueryTile{queries_of(p, x.item->sequence), keys_of(p, x.item->sequence), x.item->q0, x.item->q1,
+                     int(x.copy)};
+  };
+  work.run(executor, workers, p.kv_heads, [&](const Piece& piece, const Piece& next, int64_t worker) {
+    const QueryTile after = next.item ? tile(next) : QueryTile{};
+    kernels.forward(f, tile(piece), next.item ? &after : nullptr, scratch.of(worker));
   });
 }
 
@@ -127,9 +132,14 @@ void attention_backward(const AttentionBackward& b, const Executor& executor) {
   const AttentionKernels kernels = kernels_for(p.dtype);
   const int workers = work.workers(executor, p.kv_heads);
   const WorkerScratch scratch(workers, kernels.backward_scratch(p, longest_k));
-  work.run(executor, workers, p.kv_heads, [&](int64_t i, int64_t kv_head, int64_t worker) {
-    double* const parts = p.sinks ? dsinks.data() + i * p.heads : nullptr;
-    kernels.backward(b, {queries_of(p, i), keys_of(p, i), int(kv_head), parts}, scratch.of(worker));
+  using Piece = WorkList<int64_t>::Piece;
+  const auto sequence = [&](const Piece& x) {
+    double* const parts = p.sinks ? dsinks.data() + *x.item * p.heads : nullptr;
+    return SequenceHead{queries_of(p, *x.item), keys_of(p, *x.item), int(x.copy), parts};
+  };
+  work.run(executor, workers, p.kv_heads, [&](const Piece& piece, const Piece& next, int64_t worker) {
+    const SequenceHead after = next.item ? sequence(next) : SequenceHead{};
+    kernels.backward(b, sequence(piece), next.item ? &after : nullptr, scratch.of(worker));
   });
   for (int h = 0; p.sinks && h < p.heads; ++h) {
     double sum = 0;

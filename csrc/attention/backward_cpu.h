@@ -18,35 +18,47 @@ class BackwardSequence {
         lanes_(lane_capacity(b.problem)),
         dim_(round_up(b.problem.dim, kWidth)),
         dim_v_(round_up(b.problem.dim_v, kWidth)),
+        stride_(row_stride<Real>(b.problem.dim)),
+        stride_v_(row_stride<Real>(b.problem.dim_v)),
         limits_(s, lanes_) {
-    for (Real** x : {&q_, &q_t_, &dq_t_}) *x = s.take<Real>(lanes_ * dim_);
-    for (Real** x : {&dout_, &dout_t_}) *x = s.take<Real>(lanes_ * dim_v_);
+    for (Real** x : {&q_t_, &dq_t_}) *x = s.take<Real>(lanes_ * dim_);
+    q_ = s.take<Real>(lanes_ * stride_);
+    dout_t_ = s.take<Real>(lanes_ * dim_v_);
+    dout_ = s.take<Real>(lanes_ * stride_v_);
     for (Real** x : {&p_t_, &ds_t_}) *x = s.take<Real>(lanes_ * kKeyBlock);
     for (Real** x : {&lse_, &offset_}) *x = s.take<Real>(lanes_);
     row_ = s.take<Real>(dim_ > dim_v_ ? dim_ : dim_v_);
-    k_ = s.take<Real>(len_k * p_.dim);
-    v_ = s.take<Real>(len_k * p_.dim_v);
-    dk_ = s.take<Real>(len_k * dim_);
-    dv_ = s.take<Real>(len_k * dim_v_);
+    for (Real** x : {&k_, &dk_}) *x = s.take<Real>(len_k * stride_);
+    for (Real** x : {&v_, &dv_}) *x = s.take<Real>(len_k * stride_v_);
   }
 
-  void run(const SequenceHead& h) {
+  // `next` is what this thread does afterwards.
+  void run(const SequenceHead& h, const SequenceHead* next) {
     const int64_t len_q = h.q.size(), len_k = h.k.size();
     const Mask mask(p_, len_q, len_k);
-    load_rows<T>(p_.k, h.k.begin, len_k, h.kv_head, p_.dim, k_, p_.dim);
-    load_rows<T>(p_.v, h.k.begin, len_k, h.kv_head, p_.dim_v, v_, p_.dim_v);
-    clear(dk_, len_k * dim_);
-    clear(dv_, len_k * dim_v_);
+    load_rows<T>(p_.k, h.k.begin, len_k, h.kv_head, p_.dim, k_, p_.dim, stride_);
+    load_rows<T>(p_.v, h.k.begin, len_k, h.kv_head, p_.dim_v, v_, p_.dim_v, stride_v_);
+    clear(dk_, len_k * stride_);
+    clear(dv_, len_k * stride_v_);
     const int32_t queries = queries_per_tile(p_, len_q, kBackwardTileRows);
     for (int32_t q0 = 0; q0 < len_q; q0 += queries) {
       const int32_t q1 = q0 + queries < len_q ? q0 + queries : int32_t(len_q);
-      run_tile({h.q, h.k, q0, q1, h.kv_head}, mask, h.dsinks);
+      const QueryTile tile{h.q, h.k, q0, q1, h.kv_head};
+      Prefetch prefetch;
+      prefetch_queries(prefetch, b_.dq, p_.dim, tile);
+      if (q1 < len_q) {
+        prefetch_inputs(prefetch, {h.q, h.k, q1, q1 + queries < len_q ? q1 + queries : int32_t(len_q), h.kv_head});
+      } else {
+        prefetch_keys(prefetch, contiguous(b_.dk, p_.kv_heads, p_.dim), contiguous(b_.dv, p_.kv_heads, p_.dim_v), h);
+        if (next) prefetch_sequence(prefetch, *next);
+      }
+      run_tile(tile, mask, h.dsinks, prefetch);
     }
     const int64_t row = h.k.begin * p_.kv_heads + h.kv_head;
     for (int64_t j = 0; j < len_k; ++j) {
       const int64_t at = row + j * p_.kv_heads;
-      store_scaled(dk_ + j * dim_, p_.dim, Real(p_.scale), static_cast<T*>(b_.dk) + at * p_.dim);
-      store_row(dv_ + j * dim_v_, p_.dim_v, static_cast<T*>(b_.dv) + at * p_.dim_v);
+      store_scaled(dk_ + j * stride_, p_.dim, Real(p_.scale), static_cast<T*>(b_.dk) + at * p_.dim);
+      store_row(dv_ + j * stride_v_, p_.dim_v, static_cast<T*>(b_.dv) + at * p_.dim_v);
     }
   }
 
@@ -54,6 +66,34 @@ class BackwardSequence {
   static int64_t lane_capacity(const AttentionProblem& p) {
     const int64_t group = p.heads / p.kv_heads;
     return round_up(kBackwardTileRows > group ? kBackwardTileRows : group, kWidth);
+  }
+
+  // Rows of a contiguous [total_q, heads, dim] tensor.
+  void prefetch_queries(Prefetch& prefetch, const void* x, int64_t dim, const QueryTile& t) const {
+    const int64_t group = p_.heads / p_.kv_heads;
+    prefetch_rows<T>(prefetch, contiguous(x, p_.heads, dim), t.q.begin + t.q0, t.q1 - t.q0, t.kv_head * group,
+                     dim * group);
+  }
+
+  void prefetch_inputs(Prefetch& prefetch, const QueryTile& t) const {
+    const int64_t group = p_.heads / p_.kv_heads, row = t.q.begin + t.q0, count = t.q1 - t.q0;
+    prefetch_rows<T>(prefetch, p_.q, row, count, t.kv_head * group, p_.dim * group);
+    prefetch_rows<T>(prefetch, b_.dout, row, count, t.kv_head * group, p_.dim_v * group);
+    prefetch_queries(prefetch, b_.out, p_.dim_v, t);
+  }
+
+  // As many rows as fit into the cache beside what is in use.
+  void prefetch_keys(Prefetch& prefetch, const Packed& k, const Packed& v, const SequenceHead& h) const {
+    constexpr int64_t most = 256;
+    const int64_t keys = h.k.size() < most ? h.k.size() : most;
+    prefetch_rows<T>(prefetch, k, h.k.begin, keys, h.kv_head, p_.dim);
+    prefetch_rows<T>(prefetch, v, h.k.begin, keys, h.kv_head, p_.dim_v);
+  }
+
+  void prefetch_sequence(Prefetch& prefetch, const SequenceHead& h) const {
+    prefetch_keys(prefetch, p_.k, p_.v, h);
+    const int32_t queries = queries_per_tile(p_, h.q.size(), kBackwardTileRows);
+    prefetch_inputs(prefetch, {h.q, h.k, 0, queries < h.q.size() ? queries : int32_t(h.q.size()), h.kv_head});
   }
 
   static void clear(Real* x, int64_t count) {
@@ -65,17 +105,26 @@ class BackwardSequence {
     store_row(row_, n, to);
   }
 
-  void run_tile(const QueryTile& t, const Mask& mask, double* dsinks) {
+  // About how often run_block steps on, over all blocks of a tile.
+  int64_t steps(int64_t lanes, int64_t blocks, int64_t len_k) const {
+    const auto panels = [](int64_t columns) { return (columns + 2 * kWidth - 1) / (2 * kWidth); };
+    const int64_t keys = blocks * kKeyBlock < len_k ? blocks * kKeyBlock : len_k;
+    return gemm_groups(keys) * (2 * panels(lanes) + panels(dim_) + panels(dim_v_)) +
+           blocks * panels(lanes) * gemm_groups(p_.dim);
+  }
+
+  void run_tile(const QueryTile& t, const Mask& mask, double* dsinks, Prefetch& prefetch) {
     const TileRows<Real> tile(p_, t);
     const int64_t lanes = round_up(tile.rows, kWidth);
     load_tile(t, tile, mask, lanes, dsinks);
     clear(dq_t_, lanes_ * p_.dim);
     const KeyBlocks blocks(mask, t.q0, t.q1, kKeyBlock);
+    prefetch.spread(steps(lanes, blocks.count, mask.len_k));
     for (int32_t b = 0; b < blocks.count; ++b) {
       const int32_t k0 = blocks[b] * kKeyBlock;
       const int32_t k1 = k0 + kKeyBlock < mask.len_k ? k0 + kKeyBlock : mask.len_k;
       const Range keys = visible_keys(mask, t.q0, t.q1, k0, k1);
-      if (keys.size()) run_block(tile.rows, lanes, keys, all_visible(mask, t.q0, t.q1, keys));
+      if (keys.size()) run_block(tile.rows, lanes, keys, all_visible(mask, t.q0, t.q1, keys), prefetch);
     }
     store_dq(t, tile, lanes);
   }
@@ -86,7 +135,7 @@ class BackwardSequence {
     const Real* const lse = static_cast<const Real*>(b_.lse);
     const Real* const dlse = static_cast<const Real*>(b_.dlse);
     for (int32_t r = 0; r < lanes; ++r) {
-      Real *const q = q_ + r * dim_, *const dout = dout_ + r * dim_v_;
+      Real *const q = q_ + r * stride_, *const dout = dout_ + r * stride_v_;
       if (r >= tile.rows) {
         clear(q, dim_);
         clear(dout, dim_v_);
@@ -94,8 +143,8 @@ class BackwardSequence {
         continue;
       }
       const int64_t token = t.q.begin + tile.query(r), head = tile.head(r), at = token * p_.heads + head;
-      load_rows<T>(p_.q, token, 1, head, p_.dim, q, dim_);
-      load_rows<T>(b_.dout, token, 1, head, p_.dim_v, dout, dim_v_);
+      load_rows<T>(p_.q, token, 1, head, p_.dim, q, dim_, stride_);
+      load_rows<T>(b_.dout, token, 1, head, p_.dim_v, dout, dim_v_, stride_v_);
       load_row(out + at * p_.dim_v, p_.dim_v, row_, dim_v_);
       Vec<Real> delta{};
       for (int64_t d = 0; d < dim_v_; d += kWidth) delta += load(dout + d) * load(row_ + d);
@@ -108,21 +157,24 @@ class BackwardSequence {
       }
     }
     for (int64_t r = 0; r < lanes; r += kWidth) {
-      for (int64_t d = 0; d < dim_; d += kWidth) transpose(q_ + r * dim_ + d, dim_, q_t_ + d * lanes_ + r, lanes_);
+      for (int64_t d = 0; d < dim_; d += kWidth)
+        transpose(q_ + r * stride_ + d, stride_, q_t_ + d * lanes_ + r, lanes_);
       for (int64_t d = 0; d < dim_v_; d += kWidth) {
-        transpose(dout_ + r * dim_v_ + d, dim_v_, dout_t_ + d * lanes_ + r, lanes_);
+        transpose(dout_ + r * stride_v_ + d, stride_v_, dout_t_ + d * lanes_ + r, lanes_);
       }
     }
   }
 
-  void run_block(int32_t rows, int64_t lanes, Range keys, bool all_clear) {
+  void run_block(int32_t rows, int64_t lanes, Range keys, bool all_clear, Prefetch& prefetch) {
+    const auto step = [&]() __attribute__((always_inline)) { prefetch.step(); };
     const int64_t count = keys.size();
-    const Real *k = k_ + keys.begin * p_.dim, *v = v_ + keys.begin * p_.dim_v;
-    const auto rows_of = [&](int64_t dim, const Real* a, const Real* b, Real* c) {  // c = a b, over the head dim
-      return Gemm<Real>{.m = count, .k = dim, .a = a, .lda = dim, .b = b, .ldb = lanes_, .c = c, .ldc = lanes_};
+    const Real *k = k_ + keys.begin * stride_, *v = v_ + keys.begin * stride_v_;
+    const auto rows_of = [&](int64_t dim, int64_t stride, const Real* a, const Real* b,
+                             Real* c) {  // c = a b, over the head dim
+      return Gemm<Real>{.m = count, .k = dim, .a = a, .lda = stride, .b = b, .ldb = lanes_, .c = c, .ldc = lanes_};
     };
-    gemm_wide<false, Start::zero>(rows_of(p_.dim, k, q_t_, p_t_), lanes);
-    gemm_wide<false, Start::zero>(rows_of(p_.dim_v, v, dout_t_, ds_t_), lanes);
+    gemm_wide<false, Start::zero>(rows_of(p_.dim, stride_, k, q_t_, p_t_), lanes, step);
+    gemm_wide<false, Start::zero>(rows_of(p_.dim_v, stride_v_, v, dout_t_, ds_t_), lanes, step);
     const bool plain = !transform_.capped && !transform_.biased;
     if (plain && all_clear) {
       differentiate<true, true>(lanes, keys);
@@ -133,13 +185,13 @@ class BackwardSequence {
     }
     gemm_wide<true, Start::add>(
         Gemm<Real>{
-            .m = p_.dim, .k = count, .a = k, .lda = p_.dim, .b = ds_t_, .ldb = lanes_, .c = dq_t_, .ldc = lanes_},
-        lanes);
+            .m = p_.dim, .k = count, .a = k, .lda = stride_, .b = ds_t_, .ldb = lanes_, .c = dq_t_, .ldc = lanes_},
+        lanes, step);
     const auto keys_of = [&](const Real* a, const Real* b, int64_t ldb, Real* c) {  // c += a b, over the tile's rows
       return Gemm<Real>{.m = count, .k = rows, .a = a, .lda = lanes_, .b = b, .ldb = ldb, .c = c, .ldc = ldb};
     };
-    gemm_wide<false, Start::add>(keys_of(ds_t_, q_, dim_, dk_ + keys.begin * dim_), dim_);
-    gemm_wide<false, Start::add>(keys_of(p_t_, dout_, dim_v_, dv_ + keys.begin * dim_v_), dim_v_);
+    gemm_wide<false, Start::add>(keys_of(ds_t_, q_, stride_, dk_ + keys.begin * stride_), dim_, step);
+    gemm_wide<false, Start::add>(keys_of(p_t_, dout_, stride_v_, dv_ + keys.begin * stride_v_), dim_v_, step);
   }
 
   // In place: products to probabilities, and their gradients to those of scale * q . k.
@@ -170,18 +222,20 @@ class BackwardSequence {
 
   void store_dq(const QueryTile& t, const TileRows<Real>& tile, int64_t lanes) {
     for (int64_t r = 0; r < lanes; r += kWidth) {
-      for (int64_t d = 0; d < dim_; d += kWidth) transpose(dq_t_ + d * lanes_ + r, lanes_, q_ + r * dim_ + d, dim_);
+      for (int64_t d = 0; d < dim_; d += kWidth)
+        transpose(dq_t_ + d * lanes_ + r, lanes_, q_ + r * stride_ + d, stride_);
     }
     for (int32_t r = 0; r < tile.rows; ++r) {
       const int64_t at = (t.q.begin + tile.query(r)) * p_.heads + tile.head(r);
-      store_scaled(q_ + r * dim_, p_.dim, Real(p_.scale), static_cast<T*>(b_.dq) + at * p_.dim);
+      store_scaled(q_ + r * stride_, p_.dim, Real(p_.scale), static_cast<T*>(b_.dq) + at * p_.dim);
     }
   }
 
   const AttentionBackward& b_;
   const AttentionProblem& p_;
   const ScoreTransform<Real> transform_;
-  const int64_t lanes_, dim_, dim_v_;  // as they are in scratch: whole vectors
+  const int64_t lanes_, dim_, dim_v_;  // whole vectors
+  const int64_t stride_, stride_v_;    // of rows in scratch
   const LaneLimits<Real> limits_;
 
   Real *q_, *dout_;              // [lanes, dim], [lanes, dim_v]: the tile's rows
@@ -189,8 +243,8 @@ class BackwardSequence {
   Real *p_t_, *ds_t_;            // [kKeyBlock, lanes]
   Real *lse_, *offset_;          // [lanes]; offset is delta - dlse
   Real* row_;
-  Real *k_, *v_;    // [len_k, p_.dim], [len_k, p_.dim_v]: the sequence's
-  Real *dk_, *dv_;  // [len_k, dim_], [len_k, dim_v_]
+  Real *k_, *v_;    // [len_k, dim], [len_k, dim_v]: the sequence's
+  Real *dk_, *dv_;  // [len_k, dim], [len_k, dim_v]
 };
 
 }  // namespace packseq::PACKSEQ_ISA

@@ -12,14 +12,19 @@ class ForwardTile {
 
  public:
   ForwardTile(const AttentionForward& f, Scratch& s)
-      : f_(f), p_(f.problem), transform_(f.problem), limits_(s, lane_capacity(f.problem)) {
+      : f_(f),
+        p_(f.problem),
+        transform_(f.problem),
+        key_stride_(row_stride<Real>(f.problem.dim)),
+        value_stride_(row_stride<Real>(f.problem.dim_v)),
+        limits_(s, lane_capacity(f.problem)) {
     const int64_t lanes = lane_capacity(p_), dim = round_up(p_.dim, kWidth), dim_v = round_up(p_.dim_v, kWidth);
     q_ = s.take<Real>(lanes * dim);
     out_ = s.take<Real>(lanes * dim_v);
     top_ = s.take<Real>(lanes);
     sum_ = s.take<Real>(lanes);
-    keys_ = s.take<Real>(kKeyBlock * p_.dim);
-    values_ = s.take<Real>(kKeyBlock * p_.dim_v);
+    keys_ = s.take<Real>(kKeyBlock * key_stride_);
+    values_ = s.take<Real>(kKeyBlock * value_stride_);
     scores_ = s.take<Real>(kKeyBlock * kPanel);
     square_ = s.take<Real>(kWidth * (dim > dim_v ? dim : dim_v));
     // The sign of the scale goes into q, its size into the exponent, so that the largest product is the largest score.
@@ -27,30 +32,28 @@ class ForwardTile {
     exponent_ = plain_ ? Real((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e) : Real(kLog2e);
   }
 
-  void run(const QueryTile& t) {
+  // `next` is the tile that this thread does afterwards.
+  void run(const QueryTile& t, const QueryTile* next) {
     const TileRows<Real> tile(p_, t);
     const Mask mask(p_, t.q.size(), t.k.size());
     start(t, tile, mask);
     const KeyBlocks blocks(mask, t.q0, t.q1, kKeyBlock);
     for (int32_t b = 0; b < blocks.count; ++b) {
-      const int32_t k0 = blocks[b] * kKeyBlock;
-      const int32_t k1 = k0 + kKeyBlock < mask.len_k ? k0 + kKeyBlock : mask.len_k;
-      const Range seen = visible_keys(mask, t.q0, t.q1, k0, k1);
-      const int64_t row = t.k.begin + seen.begin;
-      load_rows<T>(p_.k, row, seen.size(), t.kv_head, p_.dim, keys_, p_.dim);
-      load_rows<T>(p_.v, row, seen.size(), t.kv_head, p_.dim_v, values_, p_.dim_v);
-      for (int32_t r = 0; r < tile.rows; r += kPanel) {
-        const int32_t end = r + kPanel < tile.rows ? r + kPanel : tile.rows;
-        const Range queries = tile.queries_of(r, end);
-        const Range keys = visible_keys(mask, queries.begin, queries.end, k0, k1);
-        if (!keys.size()) continue;
-        const bool clear = all_visible(mask, queries.begin, queries.end, keys);
-        if (end - r > kWidth) {
-          attend<2>(r, keys, seen.begin, clear);
-        } else {
-          attend<1>(r, keys, seen.begin, clear);
-        }
+      const Range keys = block_keys(mask, t, blocks[b]);
+      const int64_t row = t.k.begin + keys.begin;
+      load_rows<T>(p_.k, row, keys.size(), t.kv_head, p_.dim, keys_, p_.dim, key_stride_);
+      load_rows<T>(p_.v, row, keys.size(), t.kv_head, p_.dim_v, values_, p_.dim_v, value_stride_);
+      Prefetch prefetch;
+      if (b + 1 < blocks.count) {
+        prefetch_keys(prefetch, t, block_keys(mask, t, blocks[b + 1]));
+      } else {
+        prefetch_rows<T>(prefetch, contiguous(f_.out, p_.heads, p_.dim_v), t.q.begin + t.q0, t.q1 - t.q0,
+                         tile.first_head, p_.dim_v * (p_.heads / p_.kv_heads));
+        if (next) prefetch_tile(prefetch, *next);
       }
+      const int64_t panels = (tile.rows + kPanel - 1) / kPanel;
+      prefetch.spread(panels * (gemm_groups(keys.size()) + gemm_groups(p_.dim_v)));
+      for (int32_t r = 0; r < tile.rows; r += kPanel) run_panel(r, tile, mask, keys, prefetch);
     }
     finish(t, tile);
   }
@@ -61,6 +64,39 @@ class ForwardTile {
   }
 
  private:
+  // The keys of a block that some query of the tile may see.
+  static Range block_keys(const Mask& mask, const QueryTile& t, int32_t block) {
+    const int32_t k0 = block * kKeyBlock;
+    return visible_keys(mask, t.q0, t.q1, k0, k0 + kKeyBlock < mask.len_k ? k0 + kKeyBlock : mask.len_k);
+  }
+
+  void prefetch_keys(Prefetch& prefetch, const QueryTile& t, Range keys) const {
+    prefetch_rows<T>(prefetch, p_.k, t.k.begin + keys.begin, keys.size(), t.kv_head, p_.dim);
+    prefetch_rows<T>(prefetch, p_.v, t.k.begin + keys.begin, keys.size(), t.kv_head, p_.dim_v);
+  }
+
+  // The queries and the first block of keys.
+  void prefetch_tile(Prefetch& prefetch, const QueryTile& t) const {
+    const int64_t group = p_.heads / p_.kv_heads;
+    prefetch_rows<T>(prefetch, p_.q, t.q.begin + t.q0, t.q1 - t.q0, t.kv_head * group, p_.dim * group);
+    const Mask mask(p_, t.q.size(), t.k.size());
+    const KeyBlocks blocks(mask, t.q0, t.q1, kKeyBlock);
+    if (blocks.count > 0) prefetch_keys(prefetch, t, block_keys(mask, t, blocks[0]));
+  }
+
+  void run_panel(int32_t r, const TileRows<Real>& tile, const Mask& mask, Range loaded, Prefetch& prefetch) {
+    const int32_t end = r + kPanel < tile.rows ? r + kPanel : tile.rows;
+    const Range queries = tile.queries_of(r, end);
+    const Range keys = visible_keys(mask, queries.begin, queries.end, loaded.begin, loaded.end);
+    if (!keys.size()) return;
+    const bool clear = all_visible(mask, queries.begin, queries.end, keys);
+    if (end - r > kWidth) {
+      attend<2>(r, keys, loaded.begin, clear, prefetch);
+    } else {
+      attend<1>(r, keys, loaded.begin, clear, prefetch);
+    }
+  }
+
   // A panel of at most kWidth rows is kept one vector wide.
   static PACKSEQ_INLINE int panel_width(const TileRows<Real>& tile, int32_t r) {
     return tile.rows - r / kPanel * kPanel > kWidth ? kPanel : kWidth;
@@ -100,30 +136,33 @@ class ForwardTile {
 
   // `loaded` is the key that keys_ and values_ start with.
   template <int N>
-  void attend(int32_t r, Range keys, int32_t loaded, bool clear) {
+  void attend(int32_t r, Range keys, int32_t loaded, bool clear, Prefetch& prefetch) {
+    const auto step = [&]() __attribute__((always_inline)) { prefetch.step(); };
     constexpr int width = N * kWidth;
     Real* out = out_ + r * round_up(p_.dim_v, kWidth);
     gemm<N, false, Start::zero>(Gemm<Real>{.m = keys.size(),
                                            .k = p_.dim,
-                                           .a = keys_ + (keys.begin - loaded) * p_.dim,
-                                           .lda = p_.dim,
+                                           .a = keys_ + (keys.begin - loaded) * key_stride_,
+                                           .lda = key_stride_,
                                            .b = q_ + r * round_up(p_.dim, kWidth),
                                            .ldb = width,
                                            .c = scores_,
-                                           .ldc = width});
+                                           .ldc = width},
+                                step);
     if (!plain_) transform<N>(r, keys);
     if (!clear) hide<N>(r, keys);
     alignas(64) Real factor[width];
     softmax<N>(r, keys.size(), factor);
     gemm<N, true, Start::scale_add>(Gemm<Real>{.m = p_.dim_v,
                                                .k = keys.size(),
-                                               .a = values_ + (keys.begin - loaded) * p_.dim_v,
-                                               .lda = p_.dim_v,
+                                               .a = values_ + (keys.begin - loaded) * value_stride_,
+                                               .lda = value_stride_,
                                                .b = scores_,
                                                .ldb = width,
                                                .c = out,
                                                .ldc = width,
-                                               .scale = factor});
+                                               .scale = factor},
+                                    step);
   }
 
   template <int N>
@@ -217,6 +256,7 @@ class ForwardTile {
   const AttentionForward& f_;
   const AttentionProblem& p_;
   const ScoreTransform<Real> transform_;
+  const int64_t key_stride_, value_stride_;
   const LaneLimits<Real> limits_;
   bool plain_;  // scores are the products times a positive factor
   Real exponent_;

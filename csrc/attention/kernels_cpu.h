@@ -21,9 +21,10 @@ struct SequenceHead {
 
 struct AttentionKernels {
   size_t (*forward_scratch)(const AttentionProblem&);
-  void (*forward)(const AttentionForward&, const QueryTile&, void* scratch);
+  // next: what the same thread does after this, or nullptr
+  void (*forward)(const AttentionForward&, const QueryTile&, const QueryTile* next, void* scratch);
   size_t (*backward_scratch)(const AttentionProblem&, int64_t longest_k);
-  void (*backward)(const AttentionBackward&, const SequenceHead&, void* scratch);
+  void (*backward)(const AttentionBackward&, const SequenceHead&, const SequenceHead* next, void* scratch);
 };
 
 // Rows of a tile are the queries times the heads that share a head of k and v: at least one query, and as many as make
@@ -39,7 +40,7 @@ PACKSEQ_HOST_DEVICE int32_t queries_per_tile(const AttentionProblem& p, int64_t 
 }
 
 // Rows of a forward tile: its queries and outputs should stay in the second-level cache.
-PACKSEQ_HOST_DEVICE int64_t forward_tile_rows(const AttentionProblem& p) { return p.dim + p.dim_v <= 128 ? 256 : 128; }
+PACKSEQ_HOST_DEVICE int64_t forward_tile_rows(const AttentionProblem& p) { return p.dim + p.dim_v <= 256 ? 256 : 128; }
 
 constexpr int64_t kBackwardTileRows = 64;
 

@@ -8,6 +8,7 @@
 #include "core/cpu/convert.h"
 #include "core/cpu/gemm.h"
 #include "core/cpu/math.h"
+#include "core/cpu/prefetch.h"
 #include "core/cpu/scratch.h"
 #include "core/cpu/transpose.h"
 
@@ -121,12 +122,21 @@ struct ScoreTransform {
   }
 };
 
-// Rows of a packed tensor into [rows, padded] of Real.
+// Rows of a packed tensor into rows of Real that are `stride` apart.
 template <class T, class Real = typename RealOf<T>::type>
-inline void load_rows(const Packed& x, int64_t row, int64_t count, int64_t head, int64_t dim, Real* to,
-                      int64_t padded) {
+inline void load_rows(const Packed& x, int64_t row, int64_t count, int64_t head, int64_t dim, Real* to, int64_t padded,
+                      int64_t stride) {
   const T* from = static_cast<const T*>(x.data) + row * x.token + head * x.head;
-  for (int64_t i = 0; i < count; ++i) load_row(from + i * x.token, dim, to + i * padded, padded);
+  for (int64_t i = 0; i < count; ++i) load_row(from + i * x.token, dim, to + i * stride, padded);
 }
+
+// Asks for rows of one head of a packed tensor, or of a contiguous [.., heads, dim] one.
+template <class T>
+inline void prefetch_rows(Prefetch& prefetch, const Packed& x, int64_t row, int64_t count, int64_t head, int64_t dim) {
+  const T* from = static_cast<const T*>(x.data) + row * x.token + head * x.head;
+  prefetch.add(from, x.token * int64_t(sizeof(T)), count, dim * int64_t(sizeof(T)));
+}
+
+PACKSEQ_INLINE Packed contiguous(const void* data, int64_t heads, int64_t dim) { return {data, heads * dim, dim}; }
 
 }  // namespace packseq::PACKSEQ_ISA

@@ -27,4 +27,12 @@ class Scratch {
 
 PACKSEQ_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
+// Elements from one row to the next: an odd number of cache lines, so that rows read together do not compete for the
+// same places of the first-level cache.
+template <class T>
+PACKSEQ_INLINE int64_t row_stride(int64_t dim) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return ((dim + line - 1) / line | 1) * line;
+}
+
 }  // namespace packseq::PACKSEQ_ISA

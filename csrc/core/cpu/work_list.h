@@ -25,15 +25,31 @@ class WorkList {
     return int(std::min<int64_t>({executor.threads(), worth, std::max<int64_t>(1, int64_t(entries_.size()) * copies)}));
   }
 
-  // f(item, copy, worker) once for every item and every copy in 0 .. copies; worker is in 0 .. workers.
+  // Piece `copy` of `item`.
+  struct Piece {
+    const Item* item = nullptr;  // nullptr: none
+    int64_t copy = 0;
+  };
+
+  // f(piece, next, worker) once for every item and every copy in 0 .. copies; worker is in 0 .. workers, and `next` is
+  // what the worker does after this, so that it can fetch the data early.
   template <class F>
   void run(const Executor& executor, int workers, int64_t copies, const F& f) {
     sort();
     const std::vector<int64_t> ends = chunk_ends(workers, copies);
     std::atomic<int64_t> next = 0;
+    const auto piece = [&](int64_t i) {
+      return i < int64_t(entries_.size()) * copies ? Piece{&entries_[i / copies].item, i % copies} : Piece{};
+    };
+    const auto take = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    const int64_t chunks = int64_t(ends.size());
     const auto work = [&](int64_t worker) {
-      for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < int64_t(ends.size());) {
-        for (int64_t i = c ? ends[c - 1] : 0; i < ends[c]; ++i) f(entries_[i / copies].item, i % copies, worker);
+      for (int64_t chunk = take(), following; chunk < chunks; chunk = following) {
+        following = take();
+        for (int64_t i = chunk ? ends[chunk - 1] : 0; i < ends[chunk]; ++i) {
+          const bool last = i + 1 == ends[chunk];
+          f(piece(i), !last ? piece(i + 1) : following < chunks ? piece(ends[following - 1]) : Piece{}, worker);
+        }
       }
     };
     if (workers == 1) {
