@@ -24,9 +24,9 @@ endef
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-demo: build-demo  ## semantic search over the standard library's docstrings (ARGS='"compress a file"' asks your own)
+demo: build-demo  ## semantic search over the standard library's docstrings (QUERY="compress a file" asks your own)
 	$(call say,the demo)
-	$(VENV)/bin/python examples/semantic_search.py $(ARGS)
+	$(VENV)/bin/python examples/semantic_search.py $(ARGS) $(if $(QUERY),-- "$$QUERY")
 
 test: lint test-cpp test-python  ## style checks, C++ tests and Python tests
 
