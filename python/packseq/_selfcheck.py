@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Function = Callable[..., Tensor]
 LENGTHS = [5, 0, 64, 131, 1]
 # Dtype -> the error allowed, in its eps: float32 gathers rounding over a sequence, the half types round at the end.
 LIMITS = {torch.float32: 32, torch.bfloat16: 2, torch.float16: 2}
@@ -32,14 +33,31 @@ class Check:
         return f"{'ok' if self.ok else 'FAILED':8}{self.operator:12}{self.device:8}{dtype:10}{outcome}"
 
 
-def _boundaries(device: str) -> Tensor:
-    return torch.tensor([0, *LENGTHS], device=device).cumsum(0).int()
-
-
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:
     """Values that the dtype holds exactly, so that rounding the inputs is no error of the operator."""
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator).to(dtype)
+
+
+def _error(ours: Tensor, right: Tensor) -> float:
+    return ((ours.double().cpu() - right).abs().max() / right.abs().max()).item()
+
+
+def _largest_error(operator: Function, exactly: Function, inputs: list[Tensor], device: str) -> float:
+    """Of the output and of every input's gradient. `exactly` gets float64 inputs on the CPU."""
+    exact = [x.double().requires_grad_() for x in inputs]
+    right = exactly(*exact)
+    seed = _random(*right.shape, dtype=inputs[0].dtype)
+    right_grads = torch.autograd.grad(right, exact, seed.double())
+
+    ours = [x.to(device).requires_grad_() for x in inputs]
+    out = operator(*ours)
+    grads = torch.autograd.grad(out, ours, seed.to(device))
+    return max(_error(x, y) for x, y in zip((out, *grads), (right, *right_grads), strict=True))
+
+
+def _boundaries(device: str) -> Tensor:
+    return torch.tensor([0, *LENGTHS], device=device).cumsum(0).int()
 
 
 def _attention_in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,20 +72,11 @@ def _attention_in_float64(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _check_attention(device: str, dtype: torch.dtype) -> float:
-    from .attention import attention
+    def operator(q, k, v):
+        return torch.ops.packseq.attention(q, k, v, _boundaries(device), causal=True)[0]
 
-    total = sum(LENGTHS)
-    inputs = [_random(total, heads, 64, dtype=dtype) for heads in (4, 2, 2)]
-    seed = _random(total, 4, 64, dtype=dtype)
-
-    exact = [x.double().requires_grad_() for x in inputs]
-    right = _attention_in_float64(*exact)
-    right_grads = torch.autograd.grad(right, exact, seed.double())
-
-    ours = [x.to(device).requires_grad_() for x in inputs]
-    out = attention(*ours, _boundaries(device), causal=True)
-    grads = torch.autograd.grad(out, ours, seed.to(device))
-    return max(_error(x, y) for x, y in zip((out, *grads), (right, *right_grads), strict=True))
+    inputs = [_random(sum(LENGTHS), heads, 64, dtype=dtype) for heads in (4, 2, 2)]
+    return _largest_error(operator, _attention_in_float64, inputs, device)
 
 
 def _left_padding() -> Tensor:
@@ -76,36 +85,27 @@ def _left_padding() -> Tensor:
 
 
 def _check_pack(device: str, dtype: torch.dtype) -> float:
-    from .packing import pack
-
     mask = _left_padding()
-    exact = _random(*mask.shape, 8, dtype=dtype).double().requires_grad_()
-    seed = _random(sum(LENGTHS), 8, dtype=dtype)
-    (right_grad,) = torch.autograd.grad(exact[mask], exact, seed.double())
 
-    ours = exact.detach().to(device, dtype).requires_grad_()
-    tokens, cu_seqlens, _ = pack(ours, mask.to(device), capacity=sum(LENGTHS))
-    (grad,) = torch.autograd.grad(tokens, ours, seed.to(device))
-    return max(_error(cu_seqlens, _boundaries("cpu")), _error(tokens, exact[mask]), _error(grad, right_grad))
+    def operator(padded):
+        tokens, cu_seqlens, _ = torch.ops.packseq.pack(padded, mask.to(device), None, sum(LENGTHS))
+        torch.testing.assert_close(cu_seqlens, _boundaries(device))
+        return tokens
+
+    return _largest_error(operator, lambda padded: padded[mask], [_random(*mask.shape, 24, dtype=dtype)], device)
 
 
 def _check_unpack(device: str, dtype: torch.dtype) -> float:
-    from .packing import unpack
-
     mask = _left_padding()
-    exact = _random(sum(LENGTHS), 8, dtype=dtype).double().requires_grad_()
-    seed = _random(*mask.shape, 8, dtype=dtype)
-    right = torch.zeros(*mask.shape, 8, dtype=torch.float64).masked_scatter(mask[..., None], exact)
-    (right_grad,) = torch.autograd.grad(right, exact, seed.double())
+    places = mask.view(-1).nonzero()[:, 0].to(device)
 
-    ours = exact.detach().to(device, dtype).requires_grad_()
-    padded = unpack(ours, mask.view(-1).nonzero()[:, 0].to(device), *mask.shape)
-    (grad,) = torch.autograd.grad(padded, ours, seed.to(device))
-    return max(_error(padded, right), _error(grad, right_grad))
+    def operator(tokens):
+        return torch.ops.packseq.unpack(tokens, places, *mask.shape)
 
+    def exactly(tokens):
+        return tokens.new_zeros(*mask.shape, 24).masked_scatter(mask[..., None], tokens)
 
-def _error(ours: Tensor, right: Tensor) -> float:
-    return ((ours.double().cpu() - right).abs().max() / right.abs().max()).item()
+    return _largest_error(operator, exactly, [_random(sum(LENGTHS), 24, dtype=dtype)], device)
 
 
 # Operator -> its check. Every forward operator of torch.ops.packseq has one; a test counts them.
