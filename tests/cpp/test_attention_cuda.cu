@@ -258,6 +258,37 @@ TEST_F(AttentionCuda, Scales) {
   }
 }
 
+// Rows that only fill up a tile stand far from the keys: their scores would overflow.
+TEST_F(AttentionCuda, NegativeSlopes) {
+  for (Dtype t : kDtypes) {
+    Attention a({.len_q = {65, 20}, .dtype = t, .alibi = true});
+    for (int h = 0; h < a.c.heads; ++h) a.slopes.set(0, h, 0, -2 - h);
+    run(a);
+    const Reference want(a);
+    const std::string name = name_of(t);
+    expect_close(a.out, want.out, tolerance(t), name + ": out");
+    expect_close(a.dq, want.dq, 2 * tolerance(t), name + ": dq");
+    expect_close(a.dk, want.dk, 2 * tolerance(t), name + ": dk");
+    expect_close(a.dv, want.dv, 2 * tolerance(t), name + ": dv");
+  }
+}
+
+// A sink of -inf is none, also in rows that see no key.
+TEST_F(AttentionCuda, SinkOfMinusInfinity) {
+  for (Dtype t : kDtypes) {
+    Attention a({.len_q = {6, 70}, .len_k = {2, 70}, .dtype = t, .causal = true, .sinks = true});
+    a.sinks.set(0, 0, 0, -INFINITY);
+    run(a);
+    EXPECT_EQ(a.lse.at(0, 0), -INFINITY) << name_of(t);
+    EXPECT_EQ(a.dsinks.at(0, 0), 0) << name_of(t);
+    for (const Tensor* x : {&a.out, &a.dq, &a.dk, &a.dv}) {
+      for (int64_t row = 0; row < x->total; ++row) {
+        for (int64_t d = 0; d < x->dim; ++d) ASSERT_TRUE(std::isfinite(x->at(row, 0, d))) << name_of(t) << row;
+      }
+    }
+  }
+}
+
 TEST_F(AttentionCuda, Strides) {
   for (Dtype t : kDtypes) {
     expect_right({.len_q = {130, 20},
