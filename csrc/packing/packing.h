@@ -40,7 +40,7 @@ struct Pack {
   void* workspace;      // pack_workspace() bytes, CUDA only
 };
 
-// Where tokens stand in the padded batch, in one of two ways; the other is nullptr.
+// Where tokens stand in the padded batch: by boundaries, or, where those are nullptr, by indices.
 struct TokenPlaces {
   const int64_t* indices;     // [capacity], increasing, then -1: any other number is a row of no token
   const int32_t* cu_seqlens;  // [batch + 1]: token cu_seqlens[b] + l stands in row l of sequence b

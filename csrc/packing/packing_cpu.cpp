@@ -219,13 +219,13 @@ void gather_by_boundaries(const UnpackBackward& p, int64_t first, int64_t last) 
 
 void unpack(const Unpack& p, Executor executor) {
   executor.parallel_for(p.shape.rows(), grain_for(p.row_bytes), [&](int64_t first, int64_t last) {
-    p.places.indices ? unpack_by_indices(p, first, last) : unpack_by_boundaries(p, first, last);
+    p.places.cu_seqlens ? unpack_by_boundaries(p, first, last) : unpack_by_indices(p, first, last);
   });
 }
 
 void unpack_backward(const UnpackBackward& p, Executor executor) {
   executor.parallel_for(p.capacity, grain_for(p.row_bytes), [&](int64_t first, int64_t last) {
-    p.places.indices ? gather_by_indices(p, first, last) : gather_by_boundaries(p, first, last);
+    p.places.cu_seqlens ? gather_by_boundaries(p, first, last) : gather_by_indices(p, first, last);
   });
 }
 

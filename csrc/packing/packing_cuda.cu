@@ -98,16 +98,16 @@ void unpack(const Unpack& p, cudaStream_t stream) {
   const auto copy = [&](const auto& source) {
     copy_rows("unpack", source, p.shape.rows(), p.row_bytes, p.tokens, p.padded, p.fill, stream);
   };
-  p.places.indices ? copy(ToIndices{p.places.indices, p.capacity})
-                   : copy(ToBoundaries{p.places.cu_seqlens, p.shape, p.capacity});
+  p.places.cu_seqlens ? copy(ToBoundaries{p.places.cu_seqlens, p.shape, p.capacity})
+                      : copy(ToIndices{p.places.indices, p.capacity});
 }
 
 void unpack_backward(const UnpackBackward& p, cudaStream_t stream) {
   const auto copy = [&](const auto& source) {
     copy_rows("unpack backward", source, p.capacity, p.row_bytes, p.padded, p.tokens, nullptr, stream);
   };
-  p.places.indices ? copy(ByIndices{p.places.indices, p.shape.rows()})
-                   : copy(ByBoundaries{p.places.cu_seqlens, p.shape, p.capacity});
+  p.places.cu_seqlens ? copy(ByBoundaries{p.places.cu_seqlens, p.shape, p.capacity})
+                      : copy(ByIndices{p.places.indices, p.shape.rows()});
 }
 
 }  // namespace packseq

@@ -207,8 +207,9 @@ def to_jagged(tokens: Tensor, cu_seqlens: Tensor, *, total: int | None = None) -
 def from_position_ids(position_ids: Tensor, mask: Tensor | None = None, *, max_sequences: int | None = None) -> Tensor:
     """``cu_seqlens`` from Hugging Face's position ids: a sequence ends where the next id is not one more.
 
-    Ids may start at any number, as RoBERTa's do at 2. Padding that repeats one id comes out as sequences of one row
-    each, since so would real ones; with a mask, each stretch of padding is one sequence, and the last one is slack.
+    Ids may start at any number, as RoBERTa's do at 2. Padding cannot be told from them: where it repeats one id it comes
+    out as sequences of one row each, and RoBERTa's, whose id is 1, joins what begins with 2 behind it. With a mask each
+    stretch of padding is one sequence, and the last one is slack.
 
     Args:
         position_ids: integers ``[total]`` or ``[batch, length]``, whose rows are flattened and begin new sequences.
@@ -227,7 +228,7 @@ def from_position_ids(position_ids: Tensor, mask: Tensor | None = None, *, max_s
     if mask is not None:
         _check_per_token("from_position_ids", "mask", mask, like=position_ids)
         mask = mask.reshape(-1) != 0
-    return _boundaries("from_position_ids", restarts.view(-1), rows.shape[1], mask, max_sequences)
+    return _boundaries("from_position_ids", restarts.reshape(-1), rows.shape[1], mask, max_sequences)
 
 
 def from_seq_idx(seq_idx: Tensor, *, max_sequences: int | None = None) -> Tensor:
@@ -247,7 +248,7 @@ def from_seq_idx(seq_idx: Tensor, *, max_sequences: int | None = None) -> Tensor
     rows = seq_idx[None] if seq_idx.dim() == 1 else seq_idx
     changes = torch.ones_like(rows, dtype=torch.bool)
     changes[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    return _boundaries("from_seq_idx", changes.view(-1), rows.shape[1], rows.reshape(-1) >= 0, max_sequences)
+    return _boundaries("from_seq_idx", changes.reshape(-1), rows.shape[1], rows.reshape(-1) >= 0, max_sequences)
 
 
 def to_seq_idx(cu_seqlens: Tensor, total: int) -> Tensor:
