@@ -34,14 +34,13 @@ def assert_same_places(name: str, got: Tensor, exact: Tensor) -> None:
 # Two ulps of the largest value: over few elements, plain torch's error is small by luck.
 ULPS = 2
 ULPS_OF_FLOAT64 = 64  # there plain torch is the reference itself, without an error to measure by
-# Where the true value is zero everywhere (a gradient through a softmax over one key) what is left is the
-# cancellation, in float32, of dot products of the order of ten: some ulps of those.
-CANCELLATION = 128
 
 
-def assert_accurate(name: str, got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype | None = None) -> None:
-    """At most twice the error of `plain` (torch in the same dtype) against `exact` (float64), plus ULPS of `dtype`,
-    which is got's own unless it was summed from values that had been rounded to a narrower one."""
+def assert_accurate(
+    name: str, got: Tensor, exact: Tensor, plain: Tensor, *, relative: float = 0.0, floor: float = 0.0
+) -> None:
+    """At most twice the error of `plain` (torch in the same dtype) against `exact` (float64), plus ULPS of the
+    largest value, and what the caller adds: relative to that value, and absolute."""
     assert got.shape == exact.shape == plain.shape, name
     assert_same_places(name, got, exact)
     finite = exact.isfinite()
@@ -51,12 +50,9 @@ def assert_accurate(name: str, got: Tensor, exact: Tensor, plain: Tensor, dtype:
     def error(x: Tensor) -> Tensor:
         return torch.where(finite, (x.double() - exact).abs(), 0)
 
-    largest = exact[finite].abs().max().item()
-    double = got.dtype == torch.float64
-    if largest > 1e-12:
-        floor = (ULPS_OF_FLOAT64 if double else ULPS) * torch.finfo(dtype or got.dtype).eps * largest
-    else:
-        floor = CANCELLATION * torch.finfo(torch.float64 if double else torch.float32).eps
+    ulps = ULPS_OF_FLOAT64 if got.dtype == torch.float64 else ULPS
+    relative += ulps * torch.finfo(got.dtype).eps
+    floor += relative * exact[finite].abs().max().item()
     theirs, ours = error(plain).max().item(), error(got)
     limit = 2 * theirs + floor
     worst = tuple(torch.unravel_index(ours.argmax(), ours.shape))

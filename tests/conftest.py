@@ -1,5 +1,11 @@
 """What every test shares: the devices, and which tests run where."""
 
+import os
+
+# Before torch starts its threads: on a machine that does other work too, threads that wait actively make the many
+# small products of the references many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import packseq
 import pytest
 import torch

@@ -1,6 +1,8 @@
 """Attention from its formula, sequence by sequence, in plain torch: exact in float64, and as torch would do it in any
 dtype, whose error is the measure of ours. Their gradients are autograd's."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,9 @@ def visible_keys(len_q: int, len_k: int, causal: bool, window, sink_tokens: int,
     return seen
 
 
-def attention_of_one(
+def softmax_of_one(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
     *,
     causal: bool = False,
     window=None,
@@ -34,9 +35,9 @@ def attention_of_one(
     sinks: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One sequence: q [len_q, heads, dim], k and v [len_k, kv_heads, ...] to out [len_q, heads, dim_v] and lse."""
-    len_q, len_k, group = len(q), len(k), q.shape[1] // k.shape[1]
-    q, k, v = (x.transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    """One sequence, q and k [len, heads, dim]: the weights [heads, len_q, len_k], and lse [heads, len_q]."""
+    len_q, len_k = len(q), len(k)
+    q, k = q.transpose(0, 1), k.transpose(0, 1)
     scores = (q @ k.transpose(1, 2)) * (q.shape[2] ** -0.5 if scale is None else scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -55,24 +56,73 @@ def attention_of_one(
     blind = (wide == -torch.inf).all(2, keepdim=True)
     wide = wide.masked_fill(blind, 0)
     lse = wide.logsumexp(2).masked_fill(blind[..., 0], -torch.inf)
-    weights = wide.softmax(2).masked_fill(blind, 0).to(v.dtype)
-    return (weights[..., :len_k] @ v).transpose(0, 1), lse.transpose(0, 1)
+    return wide.softmax(2).masked_fill(blind, 0).to(q.dtype)[..., :len_k], lse
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, lengths: list[int], lengths_k: list[int] | None = None, **options
-) -> tuple[Tensor, Tensor]:
+def sequences_of(
+    q: Tensor, k: Tensor, v: Tensor, lengths, lengths_k=None
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Each sequence's rows of q, and its q, k and v, with a key head for each query head."""
+    group = q.shape[1] // k.shape[1]
+    begin = begin_k = 0
+    for n, n_k in zip(lengths, lengths_k or lengths, strict=True):
+        rows, rows_k = slice(begin, begin + n), slice(begin_k, begin_k + n_k)
+        yield rows, q[rows], k[rows_k].repeat_interleave(group, 1), v[rows_k].repeat_interleave(group, 1)
+        begin, begin_k = begin + n, begin_k + n_k
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, lengths, lengths_k=None, **options) -> tuple[Tensor, Tensor]:
     """Packed: q, k and v hold the sequences one after another, then slack rows, which come back as zeros."""
-    lengths_k = lengths_k or lengths
     outs, lses = [], []
-    ends_q, ends_k = torch.tensor([lengths, lengths_k]).cumsum(1).tolist() if lengths else ([], [])
-    for end_q, n_q, end_k, n_k in zip(ends_q, lengths, ends_k, lengths_k, strict=True):
-        rows_k = slice(end_k - n_k, end_k)
-        out, lse = attention_of_one(q[end_q - n_q : end_q], k[rows_k], v[rows_k], **options)
-        outs.append(out)
-        lses.append(lse)
+    for _, q_i, k_i, v_i in sequences_of(q, k, v, lengths, lengths_k):
+        weights, lse = softmax_of_one(q_i, k_i, **options)
+        outs.append((weights @ v_i.transpose(0, 1)).transpose(0, 1))
+        lses.append(lse.t())
     slack = len(q) - sum(lengths)
     lse_dtype = q.dtype if q.dtype == torch.float64 else torch.float32
     outs.append(q.new_zeros(slack, q.shape[1], v.shape[2]))
     lses.append(q.new_zeros(slack, q.shape[1], dtype=lse_dtype))
     return torch.cat(outs), torch.cat(lses)
+
+
+def rounding_of_gradients(
+    tensors: dict[str, Tensor],
+    dout: Tensor,
+    dlse: Tensor,
+    lengths,
+    lengths_k=None,
+    *,
+    ulp: float,
+    ulp_of_out: float,
+    **options,
+) -> dict[str, float]:
+    """What rounding alone does to gradients that are computed without a stored softmax, which plain torch has.
+
+    Tensors are float64, `ulp` is that of the arithmetic and of lse, `ulp_of_out` that of out. Weights come again from
+    lse: its rounding is their relative error. dq and dk sum weight * (dout . v - delta): where the two are nearly
+    equal (one key), the rounding of dout . v is left. dsinks sums weight * delta, with delta from the rounded out.
+    """
+    q, k, v = (tensors[name] for name in "qkv")
+    sinks, scale = tensors.get("sinks"), abs(options.get("scale") or q.shape[2] ** -0.5)
+    relative = term = 0.0
+    squares = [torch.zeros(q.shape[1], dtype=q.dtype, device=q.device)]
+    for rows, q_i, k_i, v_i in sequences_of(q, k, v, lengths, lengths_k):
+        if not (len(q_i) and len(k_i)):
+            continue
+        weights, lse = softmax_of_one(q_i, k_i, sinks=sinks, **options)
+        dout_i, v_i = dout[rows].transpose(0, 1), v_i.transpose(0, 1)
+        relative = max(relative, ulp / 2 * torch.nan_to_num(lse, neginf=0).abs().max().item())
+        term = max(term, (weights * (dout_i.square() @ v_i.square().transpose(1, 2)).sqrt()).max().item())
+        if sinks is not None:
+            delta = (dout_i * (weights @ v_i)).square().sum(2).sqrt() + dlse[rows].t().abs()
+            squares.append(((sinks[:, None] - lse).exp() * delta).square().sum(1))
+
+    def largest(x: Tensor) -> float:
+        return x.abs().max().item() if x.numel() else 0.0
+
+    return {
+        "relative": relative,
+        "dq": 2 * ulp * term * scale * largest(k),
+        "dk": 2 * ulp * term * scale * largest(q),
+        "dsinks": ulp_of_out * torch.stack(squares).sum(0).sqrt().max().item(),
+    }
