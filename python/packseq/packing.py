@@ -207,9 +207,9 @@ def to_jagged(tokens: Tensor, cu_seqlens: Tensor, *, total: int | None = None) -
 def from_position_ids(position_ids: Tensor, mask: Tensor | None = None, *, max_sequences: int | None = None) -> Tensor:
     """``cu_seqlens`` from Hugging Face's position ids: a sequence ends where the next id is not one more.
 
-    Ids may start at any number, as RoBERTa's do at 2. Padding cannot be told from them: where it repeats one id it comes
-    out as sequences of one row each, and RoBERTa's, whose id is 1, joins what begins with 2 behind it. With a mask each
-    stretch of padding is one sequence, and the last one is slack.
+    Ids may start at any number, as RoBERTa's do at 2. Padding cannot be told from them: where it repeats one id it
+    comes out as sequences of one row each, and RoBERTa's, whose id is 1, joins what begins with 2 behind it. With a
+    mask each stretch of padding is one sequence, and the last one is slack.
 
     Args:
         position_ids: integers ``[total]`` or ``[batch, length]``, whose rows are flattened and begin new sequences.
