@@ -27,7 +27,7 @@ class BackwardSequence {
     dout_ = s.take<Real>(lanes_ * stride_v_);
     for (Real** x : {&p_t_, &ds_t_}) *x = s.take<Real>(lanes_ * kKeyBlock);
     for (Real** x : {&lse_, &offset_}) *x = s.take<Real>(lanes_);
-    row_ = s.take<Real>(dim_ > dim_v_ ? dim_ : dim_v_);
+    row_ = s.take<Real>(most(dim_, dim_v_));
     for (Real** x : {&k_, &dk_}) *x = s.take<Real>(len_k * stride_);
     for (Real** x : {&v_, &dv_}) *x = s.take<Real>(len_k * stride_v_);
   }
@@ -41,13 +41,12 @@ class BackwardSequence {
     clear(dk_, len_k * stride_);
     clear(dv_, len_k * stride_v_);
     const int32_t queries = queries_per_tile(p_, len_q, kBackwardTileRows);
-    for (int32_t q0 = 0; q0 < len_q; q0 += queries) {
-      const int32_t q1 = q0 + queries < len_q ? q0 + queries : int32_t(len_q);
-      const QueryTile tile{h.q, h.k, q0, q1, h.kv_head};
+    for (int64_t q0 = 0; q0 < len_q; q0 += queries) {
+      const QueryTile tile = tile_at(h, q0, queries);
       Prefetch prefetch;
       prefetch_queries(prefetch, b_.dq, p_.dim, tile);
-      if (q1 < len_q) {
-        prefetch_inputs(prefetch, {h.q, h.k, q1, q1 + queries < len_q ? q1 + queries : int32_t(len_q), h.kv_head});
+      if (tile.q1 < len_q) {
+        prefetch_inputs(prefetch, tile_at(h, tile.q1, queries));
       } else {
         prefetch_keys(prefetch, contiguous(b_.dk, p_.kv_heads, p_.dim), contiguous(b_.dv, p_.kv_heads, p_.dim_v), h);
         if (next) prefetch_sequence(prefetch, *next);
@@ -64,8 +63,11 @@ class BackwardSequence {
 
  private:
   static int64_t lane_capacity(const AttentionProblem& p) {
-    const int64_t group = p.heads / p.kv_heads;
-    return round_up(kBackwardTileRows > group ? kBackwardTileRows : group, kWidth);
+    return round_up(most(kBackwardTileRows, p.heads / p.kv_heads), kWidth);
+  }
+
+  static QueryTile tile_at(const SequenceHead& h, int64_t q0, int64_t queries) {
+    return {h.q, h.k, int32_t(q0), int32_t(least(q0 + queries, h.q.size())), h.kv_head};
   }
 
   // Rows of a contiguous [total_q, heads, dim] tensor.
@@ -84,8 +86,7 @@ class BackwardSequence {
 
   // As many rows as fit into the cache beside what is in use.
   void prefetch_keys(Prefetch& prefetch, const Packed& k, const Packed& v, const SequenceHead& h) const {
-    constexpr int64_t most = 256;
-    const int64_t keys = h.k.size() < most ? h.k.size() : most;
+    const int64_t keys = least(h.k.size(), 256);
     prefetch_rows<T>(prefetch, k, h.k.begin, keys, h.kv_head, p_.dim);
     prefetch_rows<T>(prefetch, v, h.k.begin, keys, h.kv_head, p_.dim_v);
   }
@@ -93,7 +94,7 @@ class BackwardSequence {
   void prefetch_sequence(Prefetch& prefetch, const SequenceHead& h) const {
     prefetch_keys(prefetch, p_.k, p_.v, h);
     const int32_t queries = queries_per_tile(p_, h.q.size(), kBackwardTileRows);
-    prefetch_inputs(prefetch, {h.q, h.k, 0, queries < h.q.size() ? queries : int32_t(h.q.size()), h.kv_head});
+    prefetch_inputs(prefetch, tile_at(h, 0, queries));
   }
 
   static void clear(Real* x, int64_t count) {
@@ -108,7 +109,7 @@ class BackwardSequence {
   // About how often run_block steps on, over all blocks of a tile.
   int64_t steps(int64_t lanes, int64_t blocks, int64_t len_k) const {
     const auto panels = [](int64_t columns) { return (columns + 2 * kWidth - 1) / (2 * kWidth); };
-    const int64_t keys = blocks * kKeyBlock < len_k ? blocks * kKeyBlock : len_k;
+    const int64_t keys = least(blocks * kKeyBlock, len_k);
     return gemm_groups(keys) * (2 * panels(lanes) + panels(dim_) + panels(dim_v_)) +
            blocks * panels(lanes) * gemm_groups(p_.dim);
   }
@@ -122,7 +123,7 @@ class BackwardSequence {
     prefetch.spread(steps(lanes, blocks.count, mask.len_k));
     for (int32_t b = 0; b < blocks.count; ++b) {
       const int32_t k0 = blocks[b] * kKeyBlock;
-      const int32_t k1 = k0 + kKeyBlock < mask.len_k ? k0 + kKeyBlock : mask.len_k;
+      const int32_t k1 = int32_t(least(int64_t(k0) + kKeyBlock, mask.len_k));
       const Range keys = visible_keys(mask, t.q0, t.q1, k0, k1);
       if (keys.size()) run_block(tile.rows, lanes, keys, all_visible(mask, t.q0, t.q1, keys), prefetch);
     }

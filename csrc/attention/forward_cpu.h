@@ -26,7 +26,7 @@ class ForwardTile {
     keys_ = s.take<Real>(kKeyBlock * key_stride_);
     values_ = s.take<Real>(kKeyBlock * value_stride_);
     scores_ = s.take<Real>(kKeyBlock * kPanel);
-    square_ = s.take<Real>(kWidth * (dim > dim_v ? dim : dim_v));
+    square_ = s.take<Real>(kWidth * most(dim, dim_v));
     // The sign of the scale goes into q, its size into the exponent, so that the largest product is the largest score.
     plain_ = !transform_.capped && !transform_.biased && p_.scale != 0;
     exponent_ = plain_ ? Real((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e) : Real(kLog2e);
@@ -59,15 +59,14 @@ class ForwardTile {
   }
 
   static int64_t lane_capacity(const AttentionProblem& p) {
-    const int64_t rows = forward_tile_rows(p), group = p.heads / p.kv_heads;
-    return round_up(rows > group ? rows : group, kPanel);
+    return round_up(most(forward_tile_rows(p), p.heads / p.kv_heads), kPanel);
   }
 
  private:
   // The keys of a block that some query of the tile may see.
   static Range block_keys(const Mask& mask, const QueryTile& t, int32_t block) {
     const int32_t k0 = block * kKeyBlock;
-    return visible_keys(mask, t.q0, t.q1, k0, k0 + kKeyBlock < mask.len_k ? k0 + kKeyBlock : mask.len_k);
+    return visible_keys(mask, t.q0, t.q1, k0, int32_t(least(int64_t(k0) + kKeyBlock, mask.len_k)));
   }
 
   void prefetch_keys(Prefetch& prefetch, const QueryTile& t, Range keys) const {
@@ -85,7 +84,7 @@ class ForwardTile {
   }
 
   void run_panel(int32_t r, const TileRows<Real>& tile, const Mask& mask, Range loaded, Prefetch& prefetch) {
-    const int32_t end = r + kPanel < tile.rows ? r + kPanel : tile.rows;
+    const int32_t end = int32_t(least(r + kPanel, tile.rows));
     const Range queries = tile.queries_of(r, end);
     const Range keys = visible_keys(mask, queries.begin, queries.end, loaded.begin, loaded.end);
     if (!keys.size()) return;

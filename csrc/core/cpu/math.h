@@ -54,7 +54,9 @@ PACKSEQ_INLINE Vec<Real> exp2_down(Vec<Real> x) {
 // 2^x for any x.
 template <class Real>
 PACKSEQ_INLINE Vec<Real> exp2(Vec<Real> x) {
-  return exp2_down<Real>(min<Real>(splat(Real(Exp2Polynomial<Real>::bias + 1)), x));
+  constexpr int bias = Exp2Polynomial<Real>::bias;
+  const Exp2Parts<Real> parts(max<Real>(splat(Real(-bias)), min<Real>(splat(Real(bias + 1)), x)));
+  return (parts.rest + Real(1)) * parts.power;  // not as above: infinity times a rest of 0
 }
 
 // Small arguments keep their relative accuracy: tanh(x) = e / (e + 2) with e = exp(2 |x|) - 1.

@@ -25,6 +25,8 @@ class Scratch {
   size_t used_ = 0;
 };
 
+PACKSEQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+PACKSEQ_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 PACKSEQ_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // Elements from one row to the next: an odd number of cache lines, so that rows read together do not compete for the
