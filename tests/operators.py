@@ -36,6 +36,7 @@ class Operator:
     # Boundaries' names, and how many rows a sequence of length n has there.
     lengths: Mapping[str, Callable[[int], int]] = field(default_factory=lambda: {"cu_seqlens": lambda n: n})
     half: bool = True  # whether it takes half types
+    moves: bool = False  # only moves rows: of any dtype and shape, under autocast too, with derivatives of any order
     big: bool = False  # whether it stands for its family beyond 2^31 elements
 
     def __str__(self) -> str:
@@ -215,3 +216,15 @@ def _mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> tuple[Tensor]:
 
 
 OPERATORS.append(Operator("mean-pool", _mean_pool, {"hidden": Rows((96,))}, {"mean": Rows((96,), of="sequences")}))
+
+
+# ---- packing
+
+
+def _repack(tokens: Tensor, cu_seqlens: Tensor) -> tuple[Tensor]:
+    """Out to a padded batch and back."""
+    padded = packseq.unpack(tokens, cu_seqlens, cu_seqlens.shape[0] - 1, tokens.shape[0], fill=9)
+    return (packseq.pack(padded, lengths=cu_seqlens.diff(), capacity=tokens.shape[0])[0],)
+
+
+OPERATORS.append(Operator("unpack-pack", _repack, {"tokens": Rows((12,))}, {"repacked": Rows((12,))}, moves=True))

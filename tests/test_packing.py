@@ -294,6 +294,14 @@ def test_compiles_whole_and_once_for_all_shapes(backend, device):
     assert counter.frame_count <= 2
 
 
+def test_autocast_changes_nothing(device):
+    mask = MASKS["holes"].to(device)
+    padded = random(*mask.shape, 3, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        tokens, _, indices = packseq.pack(padded, mask)
+        assert packseq.unpack(tokens, indices, *mask.shape).equal(padded * mask[..., None])
+
+
 def test_helpers_compile_whole(device):
     @torch.compile(fullgraph=True, backend="aot_eager")
     def boundaries(position_ids, mask):
@@ -631,10 +639,13 @@ def test_too_many_sequences():
 
 
 @pytest.mark.gpu
-def test_too_many_sequences_on_a_gpu_become_slack():
+def test_too_many_sequences_on_a_gpu_become_slack(monkeypatch):
     ids = torch.tensor([0, 1, 0, 1, 0], device="cuda")
     assert packing.from_position_ids(ids, max_sequences=2).tolist() == [0, 2, 4]
     assert packing.from_position_ids(ids, max_sequences=0).tolist() == [0]
+    monkeypatch.setenv("PACKSEQ_VALIDATE", "1")
+    with pytest.raises(ValueError, match="max_sequences must be at least the number of sequences, 3, got 2"):
+        packing.from_position_ids(ids, max_sequences=2)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@
 the host unless it says so.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -215,8 +216,8 @@ def from_position_ids(position_ids: Tensor, mask: Tensor | None = None, *, max_s
         position_ids: integers ``[total]`` or ``[batch, length]``, whose rows are flattened and begin new sequences.
         mask: of the same shape, bool or integers; what is not zero is a token.
         max_sequences: how many sequences there is room for, by default as many as rows. The boundaries that are left
-            over repeat the last one. Where there are more sequences, their rows become slack; on the CPU they are an
-            error.
+            over repeat the last one. More sequences are an error on the CPU, and on a GPU with ``PACKSEQ_VALIDATE=1``;
+            else their rows become slack.
 
     Returns:
         int32 ``[max_sequences + 1]``.
@@ -295,7 +296,8 @@ def _boundaries(
         starts = ((starts & is_token) | changes) & (rows < end)
         cu_seqlens = end.expand(most + 2).clone()
     number = starts.cumsum(0) - 1
-    if max_sequences is not None and total > 0 and starts.is_cpu and not torch.compiler.is_compiling():
+    validates = starts.is_cpu or (starts.is_cuda and os.environ.get("PACKSEQ_VALIDATE") == "1")
+    if max_sequences is not None and total > 0 and validates and not torch.compiler.is_compiling():
         found = int(number[-1]) + 1
         if found > most:
             raise ValueError(f"{function}: max_sequences must be at least the number of sequences, {found}, got {most}")
