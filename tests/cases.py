@@ -80,7 +80,8 @@ def _every_shape() -> Iterator[Case]:
 
 def _every_length_alone() -> Iterator[Case]:
     for length, dim, mask, dtype in product(LENGTHS, DIMS, ("full", "causal"), DTYPES):
-        yield Case(f"alone{length}-d{dim}-{mask}", (length,), dim, dtype, options=MASKS[mask])
+        heads = 32 if length <= 2 else 2  # of a few rows, plain torch's largest error would be a matter of luck
+        yield Case(f"alone{length}-d{dim}-{mask}", (length,), dim, dtype, heads, heads, options=MASKS[mask])
 
 
 def _every_mask() -> Iterator[Case]:

@@ -50,7 +50,7 @@ def statistics(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@lru_cache(maxsize=1000)
+@lru_cache(maxsize=100)
 def random(*shape: int, seed: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -85,7 +85,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, lengths, lengths_k=None, **option
     return torch.cat(outs), torch.cat(lses)
 
 
-def rounding_of_gradients(
+def rounding(
     tensors: dict[str, Tensor],
     dout: Tensor,
     dlse: Tensor,
@@ -96,23 +96,27 @@ def rounding_of_gradients(
     ulp_of_out: float,
     **options,
 ) -> dict[str, float]:
-    """What rounding alone does to gradients that are computed without a stored softmax, which plain torch has.
+    """What rounding alone may do to results, where plain torch is spared it: it sums dot products of few rows in many
+    parts, and keeps the softmax for the backward.
 
-    Tensors are float64, `ulp` is that of the arithmetic and of lse, `ulp_of_out` that of out. Weights come again from
-    lse: its rounding is their relative error. dq and dk sum weight * (dout . v - delta): where the two are nearly
-    equal (one key), the rounding of dout . v is left. dsinks sums weight * delta, with delta from the rounded out.
+    Tensors are float64, `ulp` is that of the arithmetic and of lse, `ulp_of_out` that of out. A dot product of n terms
+    summed in order is off by some sqrt(n) / 5 ulps of the terms' norm, three times that at worst. So are scores, and lse.
+    Weights come again from lse: its rounding is the "relative" error of gradients. dq and dk sum weight *
+    (dout . v - delta): where the two are nearly equal (one key), the rounding of dout . v is left. dsinks sums weight *
+    delta, with delta from the rounded out.
     """
     q, k, v = (tensors[name] for name in "qkv")
     sinks, scale = tensors.get("sinks"), abs(options.get("scale") or q.shape[2] ** -0.5)
-    relative = term = 0.0
+    largest_lse = score = term = 0.0
     squares = [torch.zeros(q.shape[1], dtype=q.dtype, device=q.device)]
     for rows, q_i, k_i, v_i in sequences_of(q, k, v, lengths, lengths_k):
         if not (len(q_i) and len(k_i)):
             continue
         weights, lse = softmax_of_one(q_i, k_i, sinks=sinks, **options)
-        dout_i, v_i = dout[rows].transpose(0, 1), v_i.transpose(0, 1)
-        relative = max(relative, ulp / 2 * torch.nan_to_num(lse, neginf=0).abs().max().item())
-        term = max(term, (weights * (dout_i.square() @ v_i.square().transpose(1, 2)).sqrt()).max().item())
+        q_i, k_i, v_i, dout_i = (x.transpose(0, 1) for x in (q_i, k_i, v_i, dout[rows]))
+        largest_lse = max(largest_lse, torch.nan_to_num(lse, neginf=0).abs().max().item())
+        score = max(score, norms_of_products(q_i, k_i).max().item())
+        term = max(term, (weights * norms_of_products(dout_i, v_i)).max().item())
         if sinks is not None:
             delta = (dout_i * (weights @ v_i)).square().sum(2).sqrt() + dlse[rows].t().abs()
             squares.append(((sinks[:, None] - lse).exp() * delta).square().sum(1))
@@ -120,9 +124,16 @@ def rounding_of_gradients(
     def largest(x: Tensor) -> float:
         return x.abs().max().item() if x.numel() else 0.0
 
+    in_order, in_order_v = (0.6 * max(1.0, x.shape[2] ** 0.5) * ulp for x in (q, v))
     return {
-        "relative": relative,
-        "dq": 2 * ulp * term * scale * largest(k),
-        "dk": 2 * ulp * term * scale * largest(q),
+        "relative": ulp / 2 * largest_lse,
+        "lse": in_order * scale * score,
+        "dq": in_order_v * term * scale * largest(k),
+        "dk": in_order_v * term * scale * largest(q),
         "dsinks": ulp_of_out * torch.stack(squares).sum(0).sqrt().max().item(),
     }
+
+
+def norms_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Of the terms of every dot product of a row of a with a row of b."""
+    return (a.square() @ b.square().transpose(1, 2)).sqrt()

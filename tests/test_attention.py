@@ -1,6 +1,8 @@
 """packseq.attention against float64, and what is its own: strides, options, errors. The promises that it shares with
 every operator are in test_promises.py."""
 
+import zlib
+
 import packseq
 import pytest
 import reference
@@ -19,21 +21,24 @@ def inputs_of(case: Case, device: str) -> tuple[dict[str, Tensor], dict[str, Ten
     total_q, total_k, dim_v = sum(case.lengths), sum(lengths_k), case.dim_v or case.dim
     kind = statistics(case.dtype)
 
-    def draw(name: str, *shape: int, dtype: torch.dtype = case.dtype, spread: float = 1.0) -> Tensor:
-        return (random(*shape, seed=f"{case.name} {name}", dtype=torch.float64) * spread).to(device, dtype)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()))
+
+    def draw(*shape: int, dtype: torch.dtype = case.dtype, spread: float = 1.0) -> Tensor:
+        values = torch.randn(shape, generator=generator, device=device, dtype=statistics(case.dtype))
+        return (values * spread).to(dtype)
 
     tensors = {
-        "q": draw("q", total_q, case.heads, case.dim, spread=case.spread),
-        "k": draw("k", total_k, case.kv_heads, case.dim, spread=case.spread),
-        "v": draw("v", total_k, case.kv_heads, dim_v),
+        "q": draw(total_q, case.heads, case.dim, spread=case.spread),
+        "k": draw(total_k, case.kv_heads, case.dim, spread=case.spread),
+        "v": draw(total_k, case.kv_heads, dim_v),
     }
     gradients = {
-        "out": draw("dout", total_q, case.heads, dim_v),
-        "lse": draw("dlse", total_q, case.heads, dtype=kind),
+        "out": draw(total_q, case.heads, dim_v),
+        "lse": draw(total_q, case.heads, dtype=kind),
     }
     options = dict(case.options)
     if options.pop("sinks", False):
-        tensors["sinks"] = draw("sinks", case.heads, dtype=kind)
+        tensors["sinks"] = draw(case.heads, dtype=kind)
     if options.pop("alibi", False):
         options["alibi_slopes"] = torch.logspace(-1, -4, case.heads, base=2, device=device, dtype=kind)
     return tensors, gradients, options
@@ -72,7 +77,7 @@ def check_case(case: Case, device: str) -> None:
     exact = with_gradients(plain, tensors, gradients, torch.float64)
     theirs = with_gradients(plain, tensors, gradients)
 
-    rounding = reference.rounding_of_gradients(
+    rounding = reference.rounding(
         {n: x.double() for n, x in tensors.items()},
         *(gradients[name].double() for name in ("out", "lse")),
         **packed,
@@ -146,7 +151,7 @@ BOUND = st.one_of(st.none(), st.integers(0, 40))
 
 @st.composite
 def random_cases(draw) -> Case:
-    lengths = tuple(draw(LENGTHS))
+    lengths = (*draw(LENGTHS), 50)  # of a few rows alone, plain torch's largest error would be a matter of luck
     options = {
         "causal": draw(st.booleans()),
         "window": (draw(BOUND), draw(BOUND)),

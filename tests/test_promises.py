@@ -173,6 +173,7 @@ def test_a_captured_graph_replays_with_other_boundaries(op, dtype):
 
     fill(lengths)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run(op, static)
     torch.cuda.synchronize()
