@@ -100,8 +100,8 @@ def rounding(
     parts, and keeps the softmax for the backward.
 
     Tensors are float64, `ulp` is that of the arithmetic and of lse, `ulp_of_out` that of out. A dot product of n terms
-    summed in order is off by some sqrt(n) / 5 ulps of the terms' norm, three times that at worst. So are scores, and lse.
-    Weights come again from lse: its rounding is the "relative" error of gradients. dq and dk sum weight *
+    summed in order is off by some sqrt(n) / 5 ulps of the terms' norm, three times that at worst: so are scores and
+    lse. Weights come again from lse: its rounding is the "relative" error of gradients. dq and dk sum weight *
     (dout . v - delta): where the two are nearly equal (one key), the rounding of dout . v is left. dsinks sums weight *
     delta, with delta from the rounded out.
     """
