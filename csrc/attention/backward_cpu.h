@@ -28,6 +28,7 @@ class BackwardSequence {
     for (Real** x : {&p_t_, &ds_t_}) *x = s.take<Real>(lanes_ * kKeyBlock);
     for (Real** x : {&lse_, &offset_}) *x = s.take<Real>(lanes_);
     row_ = s.take<Real>(most(dim_, dim_v_));
+    square_ = s.take<Real>(kWidth * stride_v_);
     for (Real** x : {&k_, &dk_}) *x = s.take<Real>(len_k * stride_);
     for (Real** x : {&v_, &dv_}) *x = s.take<Real>(len_k * stride_v_);
   }
@@ -132,36 +133,67 @@ class BackwardSequence {
 
   void load_tile(const QueryTile& t, const TileRows<Real>& tile, const Mask& mask, int64_t lanes, double* dsinks) {
     limits_.set(p_, mask, tile, lanes);
-    const T* const out = static_cast<const T*>(b_.out);
-    const Real* const lse = static_cast<const Real*>(b_.lse);
-    const Real* const dlse = static_cast<const Real*>(b_.dlse);
     for (int32_t r = 0; r < lanes; ++r) {
       Real *const q = q_ + r * stride_, *const dout = dout_ + r * stride_v_;
-      if (r >= tile.rows) {
+      if (r < tile.rows) {
+        load_rows<T>(p_.q, t.q.begin + tile.query(r), 1, tile.head(r), p_.dim, q, dim_, stride_);
+        load_rows<T>(b_.dout, t.q.begin + tile.query(r), 1, tile.head(r), p_.dim_v, dout, dim_v_, stride_v_);
+      } else {
         clear(q, dim_);
         clear(dout, dim_v_);
-        lse_[r] = offset_[r] = 0;
-        continue;
-      }
-      const int64_t token = t.q.begin + tile.query(r), head = tile.head(r), at = token * p_.heads + head;
-      load_rows<T>(p_.q, token, 1, head, p_.dim, q, dim_, stride_);
-      load_rows<T>(b_.dout, token, 1, head, p_.dim_v, dout, dim_v_, stride_v_);
-      load_row(out + at * p_.dim_v, p_.dim_v, row_, dim_v_);
-      Vec<Real> delta{};
-      for (int64_t d = 0; d < dim_v_; d += kWidth) delta += load(dout + d) * load(row_ + d);
-      const bool empty = lse[at] == -__builtin_huge_val();
-      lse_[r] = empty ? 0 : lse[at];
-      offset_[r] = sum<Real>(delta) - (dlse ? dlse[at] : Real(0));
-      if (dsinks && !empty) {
-        const double sink = static_cast<const Real*>(p_.sinks)[head];
-        dsinks[head] -= __builtin_exp(sink - double(lse[at])) * double(offset_[r]);
       }
     }
     for (int64_t r = 0; r < lanes; r += kWidth) {
-      for (int64_t d = 0; d < dim_; d += kWidth)
+      for (int64_t d = 0; d < dim_; d += kWidth) {
         transpose(q_ + r * stride_ + d, stride_, q_t_ + d * lanes_ + r, lanes_);
+      }
       for (int64_t d = 0; d < dim_v_; d += kWidth) {
         transpose(dout_ + r * stride_v_ + d, stride_v_, dout_t_ + d * lanes_ + r, lanes_);
+      }
+      load_delta(t, tile, int32_t(r));
+    }
+    load_statistics(t, tile, lanes, dsinks);
+  }
+
+  // delta = dout . out, into offset_. Terms are added in the order in which the products dout . v are: a row that sees
+  // one key gets the same bits for both, and its gradient is exactly zero.
+  void load_delta(const QueryTile& t, const TileRows<Real>& tile, int32_t r) {
+    const Packed out = contiguous(b_.out, p_.heads, p_.dim_v);
+    for (int32_t i = 0; i < kWidth; ++i) {
+      Real* const row = square_ + i * stride_v_;
+      if (r + i < tile.rows) {
+        load_rows<T>(out, t.q.begin + tile.query(r + i), 1, tile.head(r + i), p_.dim_v, row, dim_v_, stride_v_);
+      } else {
+        clear(row, dim_v_);
+      }
+    }
+    Vec<Real> delta{};
+    for (int64_t d = 0; d < dim_v_; d += kWidth) {
+      Vec<Real> out_t[kWidth];
+      PACKSEQ_UNROLL
+      for (int i = 0; i < kWidth; ++i) out_t[i] = load(square_ + i * stride_v_ + d);
+      transpose_rows<Real>(out_t);
+      PACKSEQ_UNROLL
+      for (int i = 0; i < kWidth; ++i) delta += out_t[i] * load(dout_t_ + (d + i) * lanes_ + r);
+    }
+    store(offset_ + r, delta);
+  }
+
+  void load_statistics(const QueryTile& t, const TileRows<Real>& tile, int64_t lanes, double* dsinks) {
+    const Real* const lse = static_cast<const Real*>(b_.lse);
+    const Real* const dlse = static_cast<const Real*>(b_.dlse);
+    for (int32_t r = 0; r < lanes; ++r) {
+      if (r >= tile.rows) {
+        lse_[r] = offset_[r] = 0;
+        continue;
+      }
+      const int64_t head = tile.head(r), at = (t.q.begin + tile.query(r)) * p_.heads + head;
+      const bool empty = lse[at] == -__builtin_huge_val();
+      lse_[r] = empty ? 0 : lse[at];
+      if (dlse) offset_[r] -= dlse[at];
+      if (dsinks && !empty) {
+        const double sink = static_cast<const Real*>(p_.sinks)[head];
+        dsinks[head] -= __builtin_exp(sink - double(lse[at])) * double(offset_[r]);
       }
     }
   }
@@ -243,9 +275,9 @@ class BackwardSequence {
   Real *q_t_, *dout_t_, *dq_t_;  // [dim, lanes], [dim_v, lanes]
   Real *p_t_, *ds_t_;            // [kKeyBlock, lanes]
   Real *lse_, *offset_;          // [lanes]; offset is delta - dlse
-  Real* row_;
-  Real *k_, *v_;    // [len_k, dim], [len_k, dim_v]: the sequence's
-  Real *dk_, *dv_;  // [len_k, dim], [len_k, dim_v]
+  Real *row_, *square_;          // one row, and kWidth of out
+  Real *k_, *v_;                 // [len_k, dim], [len_k, dim_v]: the sequence's
+  Real *dk_, *dv_;               // [len_k, dim], [len_k, dim_v]
 };
 
 }  // namespace packseq::PACKSEQ_ISA

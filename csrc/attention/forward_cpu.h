@@ -27,9 +27,11 @@ class ForwardTile {
     values_ = s.take<Real>(kKeyBlock * value_stride_);
     scores_ = s.take<Real>(kKeyBlock * kPanel);
     square_ = s.take<Real>(kWidth * most(dim, dim_v));
-    // The sign of the scale goes into q, its size into the exponent, so that the largest product is the largest score.
-    plain_ = !transform_.capped && !transform_.biased && p_.scale != 0;
-    exponent_ = plain_ ? Real((p_.scale < 0 ? -p_.scale : p_.scale) * kLog2e) : Real(kLog2e);
+    // Where the score is the product times the scale, the scale waits until the exponent: its sign goes into q, so that
+    // the largest product is the largest score.
+    plain_ = !transform_.capped && !transform_.biased && !p_.sinks && p_.scale != 0;
+    unit_ = !plain_ ? 1 : p_.scale < 0 ? -p_.scale : p_.scale;
+    exponent_ = Real(unit_ * kLog2e);
   }
 
   // `next` is the tile that this thread does afterwards.
@@ -126,7 +128,7 @@ class ForwardTile {
     constexpr Real none = -__builtin_huge_val();
     for (int32_t r = 0; r < round_up(tile.rows, kPanel); ++r) {
       const Real sink = sinks && r < tile.rows ? sinks[tile.head(r)] : none;
-      top_[r] = sink * Real(kLog2e);
+      top_[r] = sink;
       sum_[r] = sink == none ? Real(0) : sink - sink + Real(1);
     }
     const int64_t count = round_up(tile.rows, kPanel) * round_up(p_.dim_v, kWidth);
@@ -186,7 +188,8 @@ class ForwardTile {
     }
   }
 
-  // Scores to probabilities relative to the largest score so far; `factor` is what earlier sums shrink by.
+  // Scores to probabilities relative to the largest score so far; `factor` is what earlier sums shrink by. The largest
+  // one's is exactly 1, so a row that sees one key gets that key's value to the bit.
   template <int N>
   void softmax(int32_t r, int32_t keys, Real* factor) {
     for (int v = 0; v < N; ++v) {
@@ -201,16 +204,16 @@ class ForwardTile {
       if (j < keys) most0 = max<Real>(load(s + j * N * kWidth), most0);
 
       const Vec<Real> before = load(top_ + r + v * kWidth);
-      const Vec<Real> top = max<Real>(before, max<Real>(most0, most1) * exponent_);
+      const Vec<Real> top = max<Real>(before, max<Real>(most0, most1));
       const Vec<Real> base = top == hidden ? Vec<Real>{} : top;  // nothing seen so far: every term is exp(-inf)
-      const Vec<Real> shrink = exp2_down<Real>(before - base);
+      const Vec<Real> shrink = exp2_down<Real>((before - base) * exponent_);
       store(top_ + r + v * kWidth, top);
       store(factor + v * kWidth, shrink);
 
       Vec<Real> sum0{}, sum1{};
       const auto step = [&](int32_t key, Vec<Real> & sum) __attribute__((always_inline)) {
         Real* at = s + key * N * kWidth;
-        const Vec<Real> p = exp2_down<Real>(load(at) * exponent_ - base);
+        const Vec<Real> p = exp2_down<Real>((load(at) - base) * exponent_);
         store(at, p);
         sum += p;
       };
@@ -244,7 +247,7 @@ class ForwardTile {
       for (int32_t i = r; i < r + kWidth && i < tile.rows; ++i) {
         const int64_t at = int64_t(i % tile.queries) * p_.heads + i / tile.queries;
         store_row(square_ + (i - r) * padded, p_.dim_v, out + at * p_.dim_v);
-        lse[at] = sum_[i] == 0 ? -__builtin_huge_val() : top_[i] * kLn2 + log(sum_[i]);
+        lse[at] = sum_[i] == 0 ? -__builtin_huge_val() : top_[i] * unit_ + log(sum_[i]);
       }
     }
   }
@@ -257,11 +260,12 @@ class ForwardTile {
   const ScoreTransform<Real> transform_;
   const int64_t key_stride_, value_stride_;
   const LaneLimits<Real> limits_;
-  bool plain_;  // scores are the products times a positive factor
-  Real exponent_;
+  bool plain_;
+  double unit_;    // what top_ is multiplied by to make it a score
+  Real exponent_;  // and an exponent of 2
 
   Real *q_, *out_;        // panels of [dim or dim_v, kPanel], the last one perhaps [.., kWidth]
-  Real *top_, *sum_;      // of each lane: the largest exponent of 2 so far, and the sum relative to it
+  Real *top_, *sum_;      // of each lane: the largest score so far, and the sum relative to it
   Real *keys_, *values_;  // one block
   Real* scores_;          // [kKeyBlock, kPanel]
   Real* square_;          // kWidth rows on their way in or out

@@ -254,6 +254,26 @@ TEST(AttentionCpu, NanInAVisibleKeyIsSeen) {
   EXPECT_FALSE(std::isnan(a.out.at(3, 1, 0)));
 }
 
+// Plain arithmetic on one weight of exactly 1 gives no gradient at all, and so does ours.
+TEST(AttentionCpu, OneKeyIsExact) {
+  for (int dim : {7, 64, 256}) {
+    for (double scale : {0.3, -0.3}) {
+      for (Dtype t : {Dtype::f32, Dtype::f64}) {
+        Attention a(
+            {.len_q = {1, 9}, .len_k = {1, 1}, .dim = dim, .dim_v = dim, .dtype = t, .scale = scale, .dlse = false});
+        a.forward(Executor::serial());
+        a.backward(Executor::serial());
+        for (int h = 0; h < 2; ++h)
+          for (int d = 0; d < dim; ++d) {
+            for (int row : {0, 1, 9}) ASSERT_EQ(a.out.at(row, h, d), a.v.at(row > 0, h, d));
+            for (int row : {0, 1, 9}) ASSERT_EQ(a.dq.at(row, h, d), 0);
+            for (int row : {0, 1}) ASSERT_EQ(a.dk.at(row, h, d), 0);
+          }
+      }
+    }
+  }
+}
+
 TEST(AttentionCpu, MalformedBoundariesStayInside) {
   for (const std::vector<int32_t>& cu : {std::vector<int32_t>{0, 500, 1000, -7, 40, 12},
                                          {-100, -5, 2000000000, 3, 2, 1},

@@ -4,7 +4,7 @@
 
 namespace packseq::PACKSEQ_ISA {
 
-constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr double kLog2e = 1.4426950408889634074;
 
 // (2^r - 1) / r for |r| <= 1/2: minimax polynomials, relative error 1.1e-8 and 1.8e-17.
 template <class Real>
