@@ -113,7 +113,7 @@ void list_keys(const TileList& list, const AttentionProblem& p, cudaStream_t str
                        .total = p.total_k,
                        .total_work = p.total_q,
                        .rows = list.rows,
-                       .order = p.causal ? TileOrder::spread_falling : TileOrder::spread,
+                       .order = p.causal ? TileOrder::spread_falling : TileOrder::together,
                        .tiles = list.tiles},
                       stream);
 }

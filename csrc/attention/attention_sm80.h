@@ -12,7 +12,7 @@ inline constexpr int kDims[] = {64, 96, 128, 192, 256};
 
 // Rows of a query tile of the forward, and of a key tile of the backward, which has a variant for chips with less
 // than kLargeShared bytes of shared memory a block.
-inline constexpr int kLargeShared = 200 * 1024;
+inline constexpr int kLargeShared = 227 * 1024;
 constexpr int forward_rows(int dim) { return dim <= 128 ? 128 : 64; }
 constexpr int backward_rows(int dim, bool small) {
   return dim == 64 ? 128 : dim <= 128 ? (small ? 64 : 128) : small && dim == 256 ? 32 : 64;
@@ -27,7 +27,7 @@ void forward(const AttentionForward&, const Tile* tiles, int64_t places, cudaStr
 struct BackwardScratch {
   const float* lse;    // [heads, total_q], times log2(e); +inf for rows that see no key
   const float* delta;  // [heads, total_q], rowsum(dout * out) - dlse
-  float* dq;           // [heads, total_q, kDim], float32, a row's columns as accumulate_dq() orders them
+  float* dq;           // [heads, total_q, kDim], float32, a row's columns as write_dq() orders them
   int* turns;          // [heads, turn_slots(), 8], zeros: key blocks that each warp has added to a query block of dq
 };
 

@@ -99,7 +99,7 @@ __global__ void sinks_gradient_kernel(const __grid_constant__ RowStatistics para
   if (threadIdx.x == 0) static_cast<float*>(params.call.dsinks)[head] = sums[0];
 }
 
-// The float32 sums of dQ, columns in accumulate_dq()'s order, to scale * dQ in the tensors' type.
+// The float32 sums of dQ, columns in write_dq()'s order, to scale * dQ in the tensors' type.
 struct StoreDq {
   AttentionBackward call;
   const float* lse;  // RowStatistics's: rows that see no key were never summed

@@ -56,7 +56,7 @@ struct BackwardConfig {
   static constexpr int kKeys = 16 * kKeyTiles * kWarps / kSplit;
   static constexpr int kQueries = kDim <= 128 ? 64 : 32;               // of a step
   static constexpr int kChunk = kDim == 192 || kDim == 256 ? 16 : 32;  // whose scores a warp has in registers at once
-  static constexpr int kStages = kSmall && kDim > 64 ? 1 : 2;          // buffers of queries and dO
+  static constexpr int kStages = kDim <= 64 ? 2 : kSmall ? 1 : 3;      // buffers of queries and dO
   static constexpr int kBlocksPerSm = kDim <= 64 ? 2 : 1;
   static constexpr int kTurnsAtOnce = kSplit == 1 ? 1 : 2;  // passed on together: the wait before it costs
   // A warp's part of dQ.
@@ -66,7 +66,9 @@ struct BackwardConfig {
   using KeyTile = SharedTile<kKeys, kDim>;
   using QueryTile = SharedTile<kQueries, kDim>;
   using ScoreTile = SharedTile<kKeys, kQueries>;
-  static constexpr int kScoreBuffers = kSplit == 1 ? 2 : 3;  // two of dS; where warps share, one of P
+  // What a warp reads of its partner's scores waits for the next step's barrier where a third buffer keeps the queries.
+  static constexpr bool kDeferred = kStages == 3;
+  static constexpr int kScoreBuffers = kSplit == 1 ? 2 : kDeferred ? 4 : 3;  // two of dS, then those of P
   static constexpr int kTileBytes =
       2 * KeyTile::kBytes + 2 * kStages * QueryTile::kBytes + kScoreBuffers * ScoreTile::kBytes;
   static constexpr int kStatisticsBytes = 2 * 2 * kQueries * int(sizeof(float));
@@ -123,12 +125,12 @@ class BackwardBlock {
       more = advance(i + 1);
       copy_async_wait<0>();
       __syncthreads();  // this step's tiles and the last step's dS are there; the other buffers are free
-      if (C::kStages == 2 && more) fetch(i + 1);
+      if (C::kStages > 1 && more) fetch(i + 1);
       step(i);
     }
     __syncthreads();
     if (i > 0) {
-      accumulate_dq(i - 1);
+      finish_step(i - 1);
       settle_additions();
       if (C::kTurnsAtOnce == 2 && i % 2 == 0) pass_on(i - 2);
       pass_on(i - 1);
@@ -154,7 +156,9 @@ class BackwardBlock {
   __device__ uint32_t shared_ds(int i) const {
     return shared_v() + C::KeyTile::kBytes + 2 * C::kStages * C::QueryTile::kBytes + i % 2 * C::ScoreTile::kBytes;
   }
-  __device__ uint32_t shared_p() const { return shared_ds(0) + 2 * C::ScoreTile::kBytes; }
+  __device__ uint32_t shared_p(int i) const {
+    return shared_ds(0) + (2 + i % (C::kScoreBuffers == 4 ? 2 : 1)) * C::ScoreTile::kBytes;
+  }
 
   __device__ Visit visit(int i) const { return facts_.visits[i % 8]; }
 
@@ -250,23 +254,37 @@ class BackwardBlock {
         if (i > 0 && chunk == 0) pass(i);
       }
     } else {
-      // The two warps that share their keys share a scheduler too: they do their parts of dQ at different times, so
-      // that one has products to compute while the other exponentiates or waits for its turn.
-      const int mine = half_ * C::kChunk, other = C::kChunk - mine;
-      if (i > 0 && half_ == 0) accumulate_dq(i - 1);
+      // The two warps that share their keys share a scheduler too: they do what is left of the step before at different
+      // times, so that one has products to compute while the other exponentiates or waits for its turn.
+      const int mine = half_ * C::kChunk;
+      if (i > 0 && half_ == 0) finish_step(i - 1);
       Chunk s = {}, dp = {};
       score(s, dp, i, mine);
-      store(shared_p(), s, mine);
+      store(shared_p(i), s, mine);
       store(shared_ds(i), dp, mine);
       if (i > 0 && half_ == 0) pass(i);
       accumulate(dv_, s, shared_dout(i), mine);
       accumulate(dk_, dp, shared_q(i), mine);
-      if (i > 0 && half_ == 1) accumulate_dq(i - 1);
-      asm volatile("bar.sync %0, 64;" ::"r"(1 + warp_ % kKeyWarps) : "memory");
-      accumulate(dv_, shared_p(), shared_dout(i), other);
-      accumulate(dk_, shared_ds(i), shared_q(i), other);
+      if (i > 0 && half_ == 1) finish_step(i - 1);
+      if (!C::kDeferred) {
+        asm volatile("bar.sync %0, 64;" ::"r"(1 + warp_ % kKeyWarps) : "memory");
+        accumulate_partner(i);
+      }
       if (i > 0 && half_ == 1) pass(i);
     }
+  }
+
+  // What step i left for after the next barrier.
+  __device__ void finish_step(int i) {
+    accumulate_dq(i);
+    if (C::kDeferred) accumulate_partner(i);
+  }
+
+  // dV and dK of the queries whose scores the other warp of these keys has left in shared memory.
+  __device__ void accumulate_partner(int i) {
+    const int other = C::kChunk - half_ * C::kChunk;
+    accumulate(dv_, shared_p(i), shared_dout(i), other);
+    accumulate(dk_, shared_ds(i), shared_q(i), other);
   }
 
   // P and dS of this warp's keys and a chunk of queries.
@@ -320,6 +338,7 @@ class BackwardBlock {
         const float slope = scores.derivative(x), d = statistics(i)[C::kQueries + chunk + query_in(n, e)];
         y = fmaf(slope, y - d, d);
         x = scores.transform(x, abs(query + facts_.mask.shift - key));
+        if (query >= facts_.mask.len_q) x = -INFINITY;  // far from every key, by a negative slope it would overflow
       });
     }
     if (!v.clear) {
@@ -402,8 +421,7 @@ class BackwardBlock {
     }
   }
 
-  // dQ += dS K for the queries of step i, in turn with the other blocks of keys. In a row of the sum the columns
-  // 16 c + {2t, 2t + 1, 2t + 8, 2t + 9} stand together, at 16 c + 4 t: one 16-byte access for a thread.
+  // dQ += dS K for the queries of step i, in turn with the other blocks of keys.
   __device__ void accumulate_dq(int i) const {
     const Visit v = visit(i);
     constexpr int kRowTiles = C::kDqRows / 16, kTiles = C::kDqCols / 8, kAcross = C::kDim / C::kDqCols;
@@ -425,24 +443,29 @@ class BackwardBlock {
         [&](auto& b, int k, int n) {
           load_matrix_x4_transposed(b, fragment<typename C::KeyTile>(shared_k_, b_part, 16 * k, col0 / 16 + n));
         });
-    turn = afresh(turn);  // not to be tested before
-    while (turn < v.turn) turn = look_at(turns);
+    if (v.turn == 0) {
+      write_dq(dq, v, row0, col0, [](float4* at, float4 x) { *at = x; });
+    } else {
+      while (turn < v.turn) turn = look_at(turns);
+      write_dq(dq, v, row0, col0, add_global);
+    }
+  }
+
+  // Columns 16 c + {2t, 2t + 1, 2t + 8, 2t + 9} of a row stand together, at 16 c + 4 t: one 16-byte access for a
+  // thread.
+  template <int kRowTiles, int kTiles, class Write>
+  __device__ void write_dq(const float (&dq)[kRowTiles][kTiles][4], Visit v, int row0, int col0, Write write) const {
     float* rows = params_.scratch.dq + (head_of(v) * p_.total_q + q_begin_) * C::kDim + col0 + lane_ % 4 * 4;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int query = v.block * C::kQueries + row0 + 16 * m + 8 * r + lane_ / 4;
-        if (query >= facts_.mask.len_q) continue;
-        float* row = rows + int64_t(query) * C::kDim;
+        float4* row = reinterpret_cast<float4*>(rows + int64_t(query) * C::kDim);
 #pragma unroll
         for (int n = 0; n < kTiles; n += 2) {
           const float4 x = {dq[m][n][2 * r], dq[m][n][2 * r + 1], dq[m][n + 1][2 * r], dq[m][n + 1][2 * r + 1]};
-          if (v.turn == 0) {
-            *reinterpret_cast<float4*>(row + 8 * n) = x;
-          } else {
-            add_global(row + 8 * n, x);
-          }
+          if (query < facts_.mask.len_q) write(row + 2 * n, x);
         }
       }
     }
@@ -530,9 +553,9 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   if (tile.sequence == p.sequences) return zero_slack_keys<T, C>(params.call, tile.block, kv_head);
   BackwardFacts& facts = *reinterpret_cast<BackwardFacts*>(shared + C::kTileBytes + C::kStatisticsBytes);
   if (threadIdx.x == 0) {
-    facts = {Mask(p, span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence).size(),
-                  span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence).size()),
-             Scores(p, kv_head * params.group)};
+    facts.mask = Mask(p, span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence).size(),
+                      span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence).size());
+    facts.scores = Scores(p, kv_head * params.group);
   }
   __syncthreads();
   BackwardBlock<T, C>(params, facts, tile, kv_head, shared).run();

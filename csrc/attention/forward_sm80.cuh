@@ -279,8 +279,9 @@ class ForwardBlock {
         float top = max_[m][r] * facts_.scores.factor, by = 1.0f;
         if (sinks) {
           const float sink = sinks[head_] * kLog2e, raised = fmaxf(top, sink);
-          by = top == -INFINITY ? 0.0f : exp2_approx(top - raised);
-          sum = sum * by + exp2_approx(sink - raised);
+          const float base = raised == -INFINITY ? 0.0f : raised;  // no key, and a sink that weighs nothing
+          by = exp2_approx(top - base);
+          sum = sum * by + exp2_approx(sink - base);
           top = raised;
         }
         by = sum == 0.0f ? 0.0f : by / sum;

@@ -106,8 +106,8 @@ __device__ Piece look_up(const ListParams& p, int64_t item) {
   const uint32_t rows = uint32_t(span_of(cu_seqlens, sequences, total, i).size());  // boundaries are int32
   const uint32_t work = uint32_t(span_of(cu_work, sequences, total_work, i).size());
   const uint32_t count = rows / tile_rows + (rows % tile_rows != 0);
-  const uint32_t begin = uint32_t(uint64_t(count) * piece / p.pieces);
-  const uint32_t end = uint32_t(uint64_t(count) * (piece + 1) / p.pieces);
+  const auto cut = [&](uint32_t n) { return uint32_t((uint64_t(count) * n + p.pieces - 1) / p.pieces); };
+  const uint32_t begin = cut(piece), end = cut(piece + 1);
   const uint32_t parts = order == TileOrder::spread_falling ? p.pieces : 2 * p.pieces;  // down to an eighth, or half
   return {begin, end - begin, class_of(uint32_t(uint64_t(work) * (parts - piece) / parts))};
 }

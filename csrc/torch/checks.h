@@ -7,7 +7,6 @@
 
 #include <cstdint>
 #include <initializer_list>
-#include <ostream>
 #include <string>
 
 #include "core/check.h"
@@ -24,9 +23,9 @@ struct Argument {
   const char* op;
   const char* name;
   const Tensor& tensor;
-
-  friend std::ostream& operator<<(std::ostream& s, const Argument& a) { return s << a.op << ": " << a.name; }
 };
+
+inline std::string text_of(const Argument& a) { return std::string(a.op) + ": " + a.name; }
 
 std::string shape_of(const Tensor&);   // "[3, 4, 64]"
 std::string device_of(const Tensor&);  // "cuda:0"

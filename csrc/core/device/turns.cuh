@@ -20,20 +20,23 @@ __device__ __forceinline__ void settle_additions() {
   if (threadIdx.x % 32 == 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
 }
 
+// Counters never go down, even where malformed boundaries make two sequences share one: nobody waits for ever.
 __device__ __forceinline__ void pass_turn(int* counter, int turn) {
-  if (threadIdx.x % 32 == 0) asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(turn) : "memory");
+  if (threadIdx.x % 32 == 0) {
+    asm volatile("red.relaxed.gpu.global.max.s32 [%0], %1;" ::"l"(counter), "r"(turn) : "memory");
+  }
 }
 
 // Adds four floats to global memory, each exactly once; nobody waits for the outcome.
-__device__ __forceinline__ void add_global(float* address, float4 x) {
+__device__ __forceinline__ void add_global(float4* address, float4 x) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
                : "memory");
 #else
-  atomicAdd(address, x.x);
-  atomicAdd(address + 1, x.y);
-  atomicAdd(address + 2, x.z);
-  atomicAdd(address + 3, x.w);
+  atomicAdd(&address->x, x.x);
+  atomicAdd(&address->y, x.y);
+  atomicAdd(&address->z, x.z);
+  atomicAdd(&address->w, x.w);
 #endif
 }
 
