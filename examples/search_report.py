@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +15,16 @@ EDGES = [0, 8, 16, 32, 64, 128, 256, 512]
 INK, GREY, COLOUR = "#22303c", "#a9b4bd", "#0b7285"
 
 
+@dataclass
+class Bar:
+    """One way of encoding, in the plot."""
+
+    label: str
+    speed: float  # real tokens a second
+    ratio: float  # to padded batches as they come, in the same dtype
+    packed: bool
+
+
 def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
     """Yields the items, with a bar on a terminal and a line every ten seconds elsewhere."""
     terminal, start, shown = sys.stderr.isatty(), time.monotonic(), time.monotonic()
@@ -21,10 +32,10 @@ def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
         now = time.monotonic()
         if terminal and (now - shown > 0.1 or done == 0):
             bar = "█" * (30 * done // total)
-            print(f"\r  {label:24} {bar:░<30} {done}/{total} batches", end="", file=sys.stderr, flush=True)
+            print(f"\r  {label:24} {bar:░<30} {done}/{total}", end="", file=sys.stderr, flush=True)
             shown = now
         elif not terminal and now - shown > 10:
-            print(f"  {label}: {done}/{total} batches, {now - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"  {label}: {done}/{total}, {now - start:.0f} s", file=sys.stderr, flush=True)
             shown = now
         yield item
     if terminal:
@@ -52,8 +63,8 @@ def print_padding(lengths: list[int], batch_size: int) -> None:
     print(f"  packed {'':19} {total:>11,} rows, none of them padding")
 
 
-def save_plot(path: Path, lengths: list[int], runs: list, where: str) -> None:
-    """Two panels: the lengths of the texts, and the speed of each run."""
+def save_plot(path: Path, lengths: list[int], bars: list[Bar], where: str) -> None:
+    """Two panels: the lengths of the texts, and the speed of each way."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,14 +81,11 @@ def save_plot(path: Path, lengths: list[int], runs: list, where: str) -> None:
     left.set_ylabel("texts")
     left.set_title(f"{len(lengths):,} docstrings, {sum(lengths):,} tokens", loc="left", fontweight="bold")
 
-    bars = list(reversed(runs))
-    speeds = [run.tokens / run.seconds for run in bars]
-    labels = [f"{run.label}, {run.dtype}" for run in bars]
-    drawn = right.barh(labels, speeds, color=[COLOUR if run.packed else GREY for run in bars], height=0.62)
-    base = {run.dtype: run.seconds for run in bars if run.baseline}
-    texts = [f" {s:,.0f}  ({base[r.dtype] / r.seconds:.1f}x)" for s, r in zip(speeds, bars, strict=True)]
-    right.bar_label(drawn, texts, padding=2, color=INK)
-    right.set_xlim(0, max(speeds) * 1.3)
+    bars = bars[::-1]
+    colours = [COLOUR if bar.packed else GREY for bar in bars]
+    drawn = right.barh([bar.label for bar in bars], [bar.speed for bar in bars], color=colours, height=0.62)
+    right.bar_label(drawn, [f"{bar.speed:,.0f}  ({bar.ratio:.1f}x)" for bar in bars], padding=4, color=INK)
+    right.set_xlim(0, max(bar.speed for bar in bars) * 1.3)
     right.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     right.set_xlabel("real tokens a second")
     right.set_title(f"all-MiniLM-L6-v2 on {where}", loc="left", fontweight="bold")

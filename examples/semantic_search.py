@@ -11,7 +11,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from docstrings import Docstring, standard_library
 from packseq.nn import BertEncoder, mean_pool
 from padded_bert import mean_embeddings, pad
-from search_report import print_histogram, print_padding, progress, save_plot
+from search_report import Bar, print_histogram, print_padding, progress, save_plot
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -32,20 +32,21 @@ QUERIES = [
     "random shuffle",
 ]
 LONGEST = 512
-LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2}  # of the difference between the two ways' embeddings
+LIMIT = {torch.float32: 1e-4, torch.float16: 1e-2}  # of the difference between embeddings, packed and padded
+TURNS = 10
 
 
 @dataclass
-class Run:
-    """One way of encoding all the texts, and how it went."""
+class Way:
+    """A way of encoding the texts: in which batches, by what; then how long it took, and what came out."""
 
     label: str
-    dtype: str
-    tokens: int  # real ones
-    seconds: float
-    embeddings: Tensor  # float32 [texts, hidden], of length 1 each
+    encode: Callable[..., Tensor]
+    batches: list[tuple]
+    order: list[int]  # of the texts in the batches
     packed: bool = False
-    baseline: bool = False
+    seconds: float = 0.0
+    embeddings: Tensor | None = None  # float32 [texts, hidden], of length 1 each
 
 
 class Texts:
@@ -102,45 +103,50 @@ def encode_padded(encoder: BertEncoder, ids: Tensor, real: Tensor | None) -> Ten
     return F.normalize(mean_embeddings(encoder, ids, real).float())
 
 
-def timed(encode: Callable[..., Tensor], batches: list, label: str) -> tuple[Tensor, float]:
-    """All embeddings, and the seconds they took. The largest batch goes through once before the clock starts."""
-    encode(*max(batches, key=lambda batch: batch[0].numel()))
-    device = batches[0][0].device
-    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    out = torch.cat([encode(*batch) for batch in progress(batches, label, len(batches))])
-    wait()
-    return out, time.perf_counter() - start
-
-
-def compare(encoder: BertEncoder, texts: Texts, options: argparse.Namespace) -> Iterator[Run]:
-    """Padded as the texts come, padded sorted by length, and packed; the first is what the others are measured by."""
-    dtype = next(encoder.parameters()).dtype
-    finish = functools.partial(Run, dtype=str(dtype).removeprefix("torch."), tokens=sum(texts.lengths))
-
+def ways(encoder: BertEncoder, texts: Texts, options: argparse.Namespace) -> list[Way]:
+    """Padded as the texts come, by which the others are measured; padded sorted by length; and packed."""
     order = list(range(len(texts.lengths)))
     by_length = sorted(order, key=lambda i: texts.lengths[i])
-    padded = functools.partial(encode_padded, encoder)
-    out, seconds = timed(padded, texts.padded(options.batch_size, order), "padded, as they come")
-    yield finish("padded, as they come", seconds=seconds, embeddings=out, baseline=True)
-    out, seconds = timed(padded, texts.padded(options.batch_size, by_length), "padded, sorted")
-    back = torch.empty_like(out)
-    back[by_length] = out
-    yield finish("padded, sorted by length", seconds=seconds, embeddings=back)
-
-    packed = functools.partial(encode_packed, encoder)
+    padded, packed = functools.partial(encode_padded, encoder), functools.partial(encode_packed, encoder)
     batches = texts.packed(options.token_budget)
-    out, seconds = timed(packed, batches, "packed")
-    yield finish("packed", seconds=seconds, embeddings=out, packed=True)
+    found = [
+        Way("padded, as they come", padded, texts.padded(options.batch_size, order), order),
+        Way("padded, sorted by length", padded, texts.padded(options.batch_size, by_length), by_length),
+        Way("packed", packed, batches, order, packed=True),
+    ]
     if texts.ids.is_cuda:
-        out, seconds = timed(Replayed(packed, batches), batches, "packed, CUDA graph")
-        yield finish("packed, CUDA graph", seconds=seconds, embeddings=out, packed=True)
+        found.append(Way("packed, CUDA graph", Replayed(packed, batches), batches, order, packed=True))
+    return found
 
 
-def check(runs: list[Run], limit: float) -> bool:
-    """Prints how far apart the runs' embeddings are; whether that is within the limit."""
-    worst = max((run.embeddings - runs[0].embeddings).abs().max().item() for run in runs if run.packed)
+def run(ways: list[Way], label: str) -> None:
+    """Encodes in all the ways, turn by turn, so that what else the machine does slows all of them."""
+    device = ways[0].batches[0][0].device
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    outs: dict[str, list[Tensor]] = {way.label: [] for way in ways}
+    for way in ways:  # warm up, on the largest
+        way.encode(*max(way.batches, key=lambda batch: batch[0].numel()))
+    turns = [(turn, way) for turn in range(TURNS) for way in ways]
+    for turn, way in progress(turns, label, len(turns)):
+        first, end = (len(way.batches) * i // TURNS for i in (turn, turn + 1))
+        wait()
+        start = time.perf_counter()
+        outs[way.label] += [way.encode(*batch) for batch in way.batches[first:end]]
+        wait()
+        way.seconds += time.perf_counter() - start
+    for way in ways:
+        out = torch.cat(outs[way.label])
+        way.embeddings = torch.empty_like(out)
+        way.embeddings[way.order] = out
+
+
+def report(ways: list[Way], tokens: int, limit: float) -> bool:
+    """Prints times, and how far apart the embeddings are; whether that is within the limit."""
+    print(f"  {'':26} {'seconds':>9} {'tokens/s':>11} {'ratio':>7}")
+    for way in ways:
+        ratio = ways[0].seconds / way.seconds
+        print(f"  {way.label:26} {way.seconds:9.2f} {tokens / way.seconds:11,.0f} {ratio:6.2f}x")
+    worst = max((way.embeddings - ways[0].embeddings).abs().max().item() for way in ways if way.packed)
     within = worst <= limit  # NaN is not
     verdict = "at most" if within else "TOO MUCH: must be at most"
     print(f"  largest difference between packed and padded embeddings: {worst:.1e} ({verdict} {limit:.0e})")
@@ -158,7 +164,8 @@ def search(
     print(f'\n"{query}"')
     for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True):
         found = docstrings[i]
-        print(f"  {score:.3f}  {found.name:38} {found.first_line}"[:width])
+        name = found.name if len(found.name) <= 40 else "…" + found.name[-39:]
+        print(f"  {score:.3f}  {name:40}  {found.first_line}"[:width])
 
 
 def model_folder() -> Path:
@@ -176,7 +183,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("queries", nargs="*", default=QUERIES, metavar="QUERY", help="what to search for")
     parser.add_argument(
-        "--texts", type=int, metavar="N", help="encode N docstrings, evenly picked (CPU: 2500, GPU: all)"
+        "--texts", type=int, metavar="N", help="compare on N docstrings, evenly picked (CPU: 1500, GPU: all)"
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="matches shown for each query (%(default)s)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="texts in a padded batch (CPU: 32, GPU: 256)")
@@ -189,14 +196,15 @@ def parse() -> argparse.Namespace:
         "--plot", type=Path, default=Path("demo/semantic_search.png"), metavar="FILE", help="%(default)s"
     )
     options = parser.parse_args()
+    for name, least in (("batch_size", 1), ("token_budget", LONGEST), ("texts", 1), ("top", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = options.device.type == "cuda"
     options.batch_size = options.batch_size or (256 if gpu else 32)
     options.token_budget = options.token_budget or (16384 if gpu else 2048)
-    options.texts = options.texts or (None if gpu else 2000)
-    for name, least in (("batch_size", 1), ("token_budget", LONGEST), ("texts", 1), ("top", 1)):
-        if (getattr(options, name) or least) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    options.texts = options.texts or (None if gpu else 1500)
     return options
 
 
@@ -221,27 +229,29 @@ def main() -> int:
     print(f"\nIn batches of {options.batch_size}:")
     print_padding(lengths, options.batch_size)
 
-    runs, ok = [], True
-    for dtype in [torch.float32, torch.float16] if gpu else [torch.float32]:
+    bars, ok = [], True
+    for dtype in LIMIT if gpu else [torch.float32]:
         encoder = BertEncoder.from_huggingface(folder, device=options.device, dtype=dtype)
-        name = str(dtype).removeprefix("torch.")
-        print(f"\nEncoding {wanted:,} of them, {sum(some.lengths):,} tokens, in {name} on {where}")
-        print(f"  {'':26} {'seconds':>9} {'tokens/s':>11} {'ratio':>7}")
-        new = []
-        for run in compare(encoder, some, options):
-            new.append(run)
-            ratio = new[0].seconds / run.seconds
-            print(f"  {run.label:26} {run.seconds:9.2f} {run.tokens / run.seconds:11,.0f} {ratio:6.2f}x", flush=True)
-        ok = check(new, LIMIT[dtype]) and ok
-        runs += new
+        name, tokens = str(dtype).removeprefix("torch."), sum(some.lengths)
+        print(f"\nEncoding {wanted:,} of them, {tokens:,} tokens, in {name} on {where}", flush=True)
+        compared = ways(encoder, some, options)
+        run(compared, name)
+        ok = report(compared, tokens, LIMIT[dtype]) and ok
+        bars += [
+            Bar(f"{way.label}, {name}", tokens / way.seconds, compared[0].seconds / way.seconds, way.packed)
+            for way in compared
+        ]
 
-    index = runs[-1].embeddings
+    index = compared[-1].embeddings
     if wanted < len(ids):
-        print(f"\nEncoding all {len(ids):,}, packed, to search in them")
-        index, _ = timed(functools.partial(encode_packed, encoder), every.packed(options.token_budget), "all, packed")
+        print(f"\nEncoding all {len(ids):,}, packed, to search in them", flush=True)
+        packed = functools.partial(encode_packed, encoder)
+        everything = Way("packed", packed, every.packed(options.token_budget), list(range(len(ids))))
+        run([everything], "all texts")
+        index = everything.embeddings
     for query in options.queries:
         search(encoder, tokenizer, index, docstrings, query, options.top)
-    save_plot(options.plot, lengths, runs, where)
+    save_plot(options.plot, lengths, bars, where)
     print(f"\nPlot: {options.plot}")
     return 0 if ok else 1
 
