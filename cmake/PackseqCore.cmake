@@ -30,7 +30,7 @@ if(PACKSEQ_HAS_CUDA)
   target_sources(packseq_core PRIVATE ${PACKSEQ_CUDA_SOURCES})
   target_compile_definitions(packseq_core PUBLIC PACKSEQ_HAS_CUDA=1)
   target_compile_options(packseq_core PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo --expt-relaxed-constexpr -Werror=all-warnings -Xcompiler=-Wall,-Wextra,-Werror>)
+    "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;--expt-relaxed-constexpr;${PACKSEQ_CUDA_WARNINGS}>")
   target_link_libraries(packseq_core PUBLIC CUDA::cudart_static)
 
   # One file an instantiation, so that they compile side by side.
