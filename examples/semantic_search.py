@@ -80,6 +80,7 @@ class Replayed:
         self.ids = torch.zeros_like(max((ids for ids, _ in batches), key=len))
         self.boundaries = torch.zeros_like(max((boundaries for _, boundaries in batches), key=len))
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             encode(self.ids, self.boundaries)
         torch.cuda.current_stream().wait_stream(side)
@@ -216,6 +217,8 @@ def main() -> int:
     tokenizer.no_padding()
     tokenizer.enable_truncation(LONGEST)
     gpu = options.device.type == "cuda"
+    if gpu and options.device.index is not None:
+        torch.cuda.set_device(options.device)
     where = torch.cuda.get_device_name(options.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
 
     print(f"Reading the docstrings of Python {platform.python_version()}'s standard library")
