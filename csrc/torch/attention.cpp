@@ -57,8 +57,8 @@ void check_shapes(const Inputs& in) {
   check_dims(in.named("k", in.k), 3, "[total_k, kv_heads, dim]");
   check_dims(in.named("v", in.v), 3, "[total_k, kv_heads, dim_v]");
   const int64_t heads = in.q.size(1), kv_heads = in.k.size(1), dim = in.q.size(2);
-  check(heads >= 1 && dim >= 1, in.named("q", in.q), " must have at least one head and a head dim of at least 1, got ",
-        shape_of(in.q));
+  check(heads >= 1 && dim >= 1, in.named("q", in.q), " must have at least one head and a head dim of at least 1, got [",
+        in.q.size(0), ", ", heads, ", ", dim, "]");
   check(kv_heads >= 1 && heads % kv_heads == 0, in.named("k", in.k), " must have a number of heads that divides q's ",
         heads, ", got ", kv_heads);
   check_shape(in.named("k", in.k), {in.k.size(0), kv_heads, dim});
