@@ -130,14 +130,13 @@ void dispatch_half(const AttentionProblem& p, const F& f) {
   });
 }
 
-constexpr int kThreads = 256;
-int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+int64_t blocks_of(int64_t each, int64_t items) { return (items + each - 1) / each; }
 
 template <class T>
 void row_statistics(const RowStatistics& rows, cudaStream_t stream) {
   const AttentionProblem& p = rows.call.problem;
-  launch("attention row statistics", row_statistics_kernel<T>, blocks_for(p.total_q * p.heads * 8), kThreads, 0, stream,
-         rows);
+  launch("attention row statistics", row_statistics_kernel<T>,
+         blocks_of(kRowThreads / 8 * kRowsAtOnce, p.total_q * p.heads), kRowThreads, 0, stream, rows);
 }
 
 }  // namespace
@@ -158,7 +157,8 @@ void attention_forward(const AttentionForward& call, cudaStream_t stream) {
 void attention_backward(const AttentionBackward& call, cudaStream_t stream) {
   const AttentionProblem& p = call.problem;
   const BackwardWorkspace work(p, call.workspace);
-  const RowStatistics rows = {.call = call, .lse = work.lse, .delta = work.delta};
+  const RowStatistics rows = {
+      .call = call, .lse = work.lse, .delta = work.delta, .turns = work.turns, .turn_count = work.turn_count};
   list_keys(work.keys, p, stream);
   if (!is_half(p)) {
     row_statistics<float>(rows, stream);
@@ -166,16 +166,13 @@ void attention_backward(const AttentionBackward& call, cudaStream_t stream) {
     attention_backward_f32(call, work.delta, work.queries.tiles, work.queries.places, work.keys.tiles, work.keys.places,
                            stream);
   } else {
-    if (work.turn_count > 0) {
-      check_cuda(cudaMemsetAsync(work.turns, 0, work.turn_count * sizeof(int), stream), "attention backward");
-    }
     dispatch_half(p, [&](auto type, auto dim) {
       using T = decltype(type);
       row_statistics<T>(rows, stream);
       const sm80::BackwardScratch scratch = {.lse = work.lse, .delta = work.delta, .dq = work.dq, .turns = work.turns};
       sm80::backward<T, dim>(call, scratch, work.small, work.keys.tiles, work.keys.places, stream);
-      launch("attention dq", store_dq_kernel<T>, blocks_for(p.heads * p.total_q * (dim / 16)), kThreads, 0, stream,
-             {.call = call, .lse = work.lse, .dq = work.dq, .padded_dim = dim});
+      launch("attention dq", store_dq_kernel<T>, blocks_of(kRowThreads, p.heads * p.total_q * (dim / 16)), kRowThreads,
+             0, stream, {.call = call, .lse = work.lse, .dq = work.dq, .padded_dim = dim});
     });
   }
   if (p.sinks) launch("attention dsinks", sinks_gradient_kernel, p.heads, 512, 0, stream, rows);

@@ -14,6 +14,8 @@ struct RowStatistics {
   AttentionBackward call;
   float* lse;    // [heads, total_q]; +inf where the row sees no key, so that exp2(s - lse) is 0
   float* delta;  // [heads, total_q]
+  int* turns;    // [turn_count], set to zero for the main kernel on the way
+  int64_t turn_count;
 };
 
 // The sequence that row `row` of the queries belongs to.
@@ -53,29 +55,54 @@ __device__ float dot_16_bytes(const uint4& a, const uint4& b, const T*) {
   return sum;
 }
 
+inline constexpr int kRowThreads = 256, kRowsAtOnce = 4;  // of a head each; so many loads are under way together
+
 // Eight lanes a row of a head, 16 bytes a lane at a time.
 template <class T>
-__global__ void row_statistics_kernel(const __grid_constant__ RowStatistics params) {
+__global__ void __launch_bounds__(kRowThreads) row_statistics_kernel(const __grid_constant__ RowStatistics params) {
   const AttentionBackward& call = params.call;
   const AttentionProblem& p = call.problem;
-  const int64_t item = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 8, row = item / p.heads;
-  if (row >= span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences).begin) return;  // slack is not read
-  const int head = int(item % p.heads), lane = threadIdx.x % 8;
-  constexpr int kWidth = 16 / sizeof(T);
-  const T* dout = static_cast<const T*>(call.dout.data) + row * call.dout.token + head * call.dout.head;
-  const T* out = static_cast<const T*>(call.out) + item * p.dim_v;
-  float sum = 0.0f;
-  for (int i = lane * kWidth; i < p.dim_v; i += 8 * kWidth) {
-    sum += dot_16_bytes(*reinterpret_cast<const uint4*>(dout + i), *reinterpret_cast<const uint4*>(out + i), out);
+  constexpr int kLanes = 8, kWidth = 16 / sizeof(T), kItems = kRowThreads / kLanes;
+  for (int64_t i = blockIdx.x * int64_t(kRowThreads) + threadIdx.x; i < params.turn_count;
+       i += gridDim.x * int64_t(kRowThreads)) {
+    params.turns[i] = 0;
   }
-  const unsigned eight = 0xffu << (threadIdx.x % 32 / 8 * 8);
+  // Item i is row i / heads of head i % heads; one long division serves the block.
+  const int64_t first = blockIdx.x * int64_t(kItems * kRowsAtOnce), first_row = first / p.heads;
+  const int64_t rows = span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences).begin;  // slack is not read
+  const int lane = threadIdx.x % kLanes, in_block = int(first - first_row * p.heads) + threadIdx.x / kLanes;
+  int64_t row[kRowsAtOnce];
+  int head[kRowsAtOnce];
 #pragma unroll
-  for (int offset = 4; offset; offset /= 2) sum += __shfl_xor_sync(eight, sum, offset);
-  if (lane != 0) return;
-  if (call.dlse) sum -= static_cast<const float*>(call.dlse)[item];
-  const float lse = static_cast<const float*>(call.lse)[item];
-  params.delta[head * p.total_q + row] = sum;
-  params.lse[head * p.total_q + row] = sees_key(p, row, lse) ? lse * kLog2e : INFINITY;
+  for (int j = 0; j < kRowsAtOnce; ++j) {
+    const int item = in_block + j * kItems;
+    row[j] = first_row + item / p.heads;
+    head[j] = item % p.heads;
+  }
+  float sums[kRowsAtOnce] = {};
+  for (int i = lane * kWidth; i < p.dim_v; i += kLanes * kWidth) {
+    uint4 x[kRowsAtOnce] = {}, y[kRowsAtOnce] = {};
+#pragma unroll
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+      if (row[j] >= rows) continue;
+      const T* dout = static_cast<const T*>(call.dout.data) + row[j] * call.dout.token + head[j] * call.dout.head;
+      const T* out = static_cast<const T*>(call.out) + (row[j] * p.heads + head[j]) * p.dim_v;
+      x[j] = *reinterpret_cast<const uint4*>(dout + i);
+      y[j] = *reinterpret_cast<const uint4*>(out + i);
+    }
+#pragma unroll
+    for (int j = 0; j < kRowsAtOnce; ++j) sums[j] += dot_16_bytes(x[j], y[j], static_cast<const T*>(nullptr));
+  }
+#pragma unroll
+  for (int j = 0; j < kRowsAtOnce; ++j) {
+#pragma unroll
+    for (int offset = kLanes / 2; offset; offset /= 2) sums[j] += __shfl_xor_sync(~0u, sums[j], offset);
+    if (lane != 0 || row[j] >= rows) continue;
+    const int64_t from = row[j] * p.heads + head[j], to = head[j] * p.total_q + row[j];
+    const float lse = static_cast<const float*>(call.lse)[from];
+    params.delta[to] = sums[j] - (call.dlse ? static_cast<const float*>(call.dlse)[from] : 0.0f);
+    params.lse[to] = sees_key(p, row[j], lse) ? lse * kLog2e : INFINITY;
+  }
 }
 
 // dsinks[head] = -sum over rows of exp(sink - lse) * delta: one block a head, in a fixed order.
@@ -109,14 +136,16 @@ struct StoreDq {
 
 // A thread moves 16 columns of a row.
 template <class T>
-__global__ void store_dq_kernel(const __grid_constant__ StoreDq params) {
+__global__ void __launch_bounds__(kRowThreads) store_dq_kernel(const __grid_constant__ StoreDq params) {
   const AttentionProblem& p = params.call.problem;
   const int groups = params.padded_dim / 16;
-  const int64_t item = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, head_row = item / groups;
-  const int col = int(item % groups) * 16;
+  const int64_t first = blockIdx.x * int64_t(kRowThreads), first_row = first / groups;
+  const int in_block = int(first - first_row * groups) + int(threadIdx.x);
+  const int64_t head_row = first_row + in_block / groups;
+  const int col = in_block % groups * 16;
   if (head_row >= p.heads * p.total_q || col >= p.dim) return;
   const int head = int(head_row / p.total_q);
-  const int64_t row = head_row % p.total_q;
+  const int64_t row = head_row - head * p.total_q;
   uint4 low = {}, high = {};
   const bool slack = row >= span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences).begin;
   if (!slack && params.lse[head_row] != INFINITY) {
