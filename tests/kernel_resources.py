@@ -39,29 +39,39 @@ def cuobjdump() -> str:
     return str(found[0])
 
 
+def without_parameters(name: str) -> str:
+    """`f<A(int)>(B<C>, D)` -> `f<A(int)>`."""
+    depth = 0
+    for place in reversed(range(len(name))):
+        depth += {")": 1, "(": -1}.get(name[place], 0)
+        if depth == 0:
+            return name[:place] if name.endswith(")") else name
+    return name
+
+
 def readable(names: list[str]) -> list[str]:
     """Demangled kernel names, without return type, parameters and namespaces that say nothing."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
-    short = []
-    for name in text.splitlines():
-        name = re.sub(r"\(anonymous namespace\)::|packseq::|^void ", "", name)
-        name = re.sub(r"\((?:int|bool)\)", "", name)  # as in kernel<(int)64>
-        short.append(re.sub(r"\([^<>]*\)$", "", name))
-    return short
+    short = [re.sub(r"\(anonymous namespace\)::|packseq::|^void ", "", name) for name in text.splitlines()]
+    return [re.sub(r"\((?:int|bool)\)", "", without_parameters(name)) for name in short]
 
 
 def parse(report: str) -> Table:
-    """The table from what `cuobjdump -res-usage` prints."""
-    rows, architecture = [], ""
+    """The table from what `cuobjdump -res-usage` prints. Of kernels that share a name, the largest numbers."""
+    keys, resources, architecture = [], [], ""
     for line in report.splitlines():
         if match := re.match(r"\s*arch = (\S+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function (\S+):", line):
-            rows.append([architecture, match[1]])
+            keys.append((architecture, match[1]))
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
-            rows[-1].append(Resources(*map(int, match.groups())))
-    names = readable([name for _, name, _ in rows])
-    return {(row[0], name): row[2] for row, name in zip(rows, names, strict=True)}
+            resources.append(Resources(*map(int, match.groups())))
+    table: Table = {}
+    names = readable([name for _, name in keys])
+    for (architecture, _), name, numbers in zip(keys, names, resources, strict=True):
+        known = table.get((architecture, name), numbers)
+        table[architecture, name] = Resources(*map(max, known, numbers))
+    return table
 
 
 def read(path: Path) -> tuple[str, Table]:

@@ -29,6 +29,13 @@ def test_report_is_read():
     assert kernel_resources.parse(REPORT) == {F: Resources(32, 16, 1024), G: Resources(30, 0, 0)}
 
 
+@pytest.mark.parametrize(
+    ("name", "short"), [("f<A(int)>(B<C>, D)", "f<A(int)>"), ("g()", "g"), ("h", "h"), ("f<g(int)>", "f<g(int)>")]
+)
+def test_parameters_are_left_out(name, short):
+    assert kernel_resources.without_parameters(name) == short
+
+
 def test_table_survives_a_round_trip(tmp_path):
     table = kernel_resources.parse(REPORT)
     kernel_resources.write(tmp_path / "table.tsv", "13.0", table)
