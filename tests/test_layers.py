@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,7 +79,7 @@ def test_built_libraries_name_no_folder_of_the_build_machine():
 
 def committed() -> list[Path]:
     """What git tracks; in an unpacked archive, what is there but for hidden and built folders."""
-    if (ROOT / ".git").exists():
+    if (ROOT / ".git").exists() and shutil.which("git"):
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         return [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
     folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "build"]
