@@ -58,7 +58,6 @@ struct BackwardConfig {
   static constexpr int kChunk = kDim == 192 || kDim == 256 ? 16 : 32;  // whose scores a warp has in registers at once
   static constexpr int kStages = kDim <= 64 ? 2 : kSmall ? 1 : 3;      // buffers of queries and dO
   static constexpr int kBlocksPerSm = kDim <= 64 ? 2 : 1;
-  static constexpr int kTurnsAtOnce = kSplit == 1 ? 1 : 2;  // passed on together: the wait before it costs
   // A warp's part of dQ.
   static constexpr int kDqRows = kDim % 64 == 0 && kDim != 192 ? 32 : 16;
   static constexpr int kDqCols = kQueries / kDqRows * kDim / kWarps;
@@ -132,7 +131,7 @@ class BackwardBlock {
     if (i > 0) {
       finish_step(i - 1);
       settle_additions();
-      if (C::kTurnsAtOnce == 2 && i % 2 == 0) pass_on(i - 2);
+      if (i % 2 == 0) pass_on(i - 2);
       pass_on(i - 1);
       __syncthreads();
     }
@@ -205,11 +204,12 @@ class BackwardBlock {
     const int64_t slot = q_begin_ / C::kQueries + sequence_ + v.block;
     return params_.scratch.turns + (head_of(v) * turn_slots(p_, C::kDim) + slot) * C::kWarps + warp_;
   }
-  // To be called in step i when this warp has made its additions for visit i - 1.
+  // To be called in step i when this warp has made its additions for visit i - 1. Passes two turns on at a time: it is
+  // the wait before it that costs.
   __device__ void pass(int i) const {
-    if (i % C::kTurnsAtOnce != 0) return;
+    if (i % 2 == 1) return;
     settle_additions();
-    if (C::kTurnsAtOnce == 2) pass_on(i - 2);
+    pass_on(i - 2);
     pass_on(i - 1);
   }
   __device__ void pass_on(int i) const {

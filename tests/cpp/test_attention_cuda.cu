@@ -127,7 +127,7 @@ void expect_right(const Case& c, unsigned seed = 1, int64_t gap = 0) {
 
 class AttentionCuda : public GpuTest {};
 
-TEST_F(AttentionCuda, HeadDims) {
+void expect_right_for_every_dim() {
   for (Dtype t : kDtypes) {
     for (auto [dim, dim_v] : {std::pair{8, 8},
                               {40, 40},
@@ -150,6 +150,15 @@ TEST_F(AttentionCuda, HeadDims) {
                     .name = std::string(name_of(t)) + " dims " + std::to_string(dim) + ", " + std::to_string(dim_v)});
     }
   }
+}
+
+TEST_F(AttentionCuda, HeadDims) { expect_right_for_every_dim(); }
+
+// The tiles for chips with little shared memory, which others run only when told to.
+TEST_F(AttentionCuda, HeadDimsInSmallTiles) {
+  setenv("PACKSEQ_SMALL_TILES", "1", 1);
+  expect_right_for_every_dim();
+  unsetenv("PACKSEQ_SMALL_TILES");
 }
 
 TEST_F(AttentionCuda, Lengths) {
