@@ -11,9 +11,10 @@
 //     dV += P^T dO, dK += dS^T Q
 //     dQ += dS K                      one step late, so that a step has a single barrier
 //
-// dQ is summed over the key blocks in float32 global memory. The blocks take turns in ascending order of keys, counted
-// by one integer a query block; they walk down from the last queries, so under a causal mask, where early keys have
-// most to do, nobody waits but in the first few steps. Whoever is first stores instead of adding: nothing is cleared.
+// dQ is summed over the key blocks in float32 global memory. The blocks take turns in ascending order of keys, warp by
+// warp, counted by an integer a query block and warp; they walk down from the last queries, so under a causal mask,
+// where early keys have most to do, nobody waits but in the first few steps. Whoever is first stores instead of adding:
+// nothing is cleared.
 #pragma once
 #include <climits>
 
