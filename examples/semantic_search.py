@@ -184,7 +184,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("queries", nargs="*", default=QUERIES, metavar="QUERY", help="what to search for")
     parser.add_argument(
-        "--texts", type=int, metavar="N", help="compare on N docstrings, evenly picked (CPU: 1500, GPU: all)"
+        "--texts", type=int, metavar="N", help="compare on N docstrings, evenly picked (CPU: 600, GPU: all)"
     )
     parser.add_argument("--top", type=int, default=5, metavar="N", help="matches shown for each query (%(default)s)")
     parser.add_argument("--batch-size", type=int, metavar="N", help="texts in a padded batch (CPU: 32, GPU: 256)")
@@ -205,7 +205,7 @@ def parse() -> argparse.Namespace:
     gpu = options.device.type == "cuda"
     options.batch_size = options.batch_size or (256 if gpu else 32)
     options.token_budget = options.token_budget or (16384 if gpu else 2048)
-    options.texts = options.texts or (None if gpu else 1500)
+    options.texts = options.texts or (None if gpu else 600)
     return options
 
 
