@@ -102,11 +102,14 @@ def rounding(
     Tensors are float64, `ulp` is that of the arithmetic and of lse, `ulp_of_out` that of out. A dot product of n terms
     summed in order is off by some sqrt(n) / 5 ulps of the terms' norm, three times that at worst: so are scores and
     lse. Weights come again from lse: its rounding is the "relative" error of gradients. dq and dk sum weight *
-    (dout . v - delta): where the two are nearly equal (one key), the rounding of dout . v is left. dsinks sums weight *
-    delta, with delta from the rounded out.
+    (dout . v - delta): where the two are nearly equal (one key), the rounding of dout . v is left. dsinks sums the
+    sink's weight * delta over all rows. There is one such sum a head, so plain torch's error is a matter of luck, and
+    its terms cancel, not their errors: of delta from the rounded out, of the sink's weight from the rounded lse, and of
+    the scores, that lse and out have.
     """
     q, k, v = (tensors[name] for name in "qkv")
     sinks, scale = tensors.get("sinks"), abs(options.get("scale") or q.shape[2] ** -0.5)
+    in_order, in_order_v = (0.6 * max(1.0, x.shape[2] ** 0.5) * ulp for x in (q, v))
     largest_lse = score = term = 0.0
     squares = [torch.zeros(q.shape[1], dtype=q.dtype, device=q.device)]
     for rows, q_i, k_i, v_i in sequences_of(q, k, v, lengths, lengths_k):
@@ -115,22 +118,28 @@ def rounding(
         weights, lse = softmax_of_one(q_i, k_i, sinks=sinks, **options)
         q_i, k_i, v_i, dout_i = (x.transpose(0, 1) for x in (q_i, k_i, v_i, dout[rows]))
         largest_lse = max(largest_lse, torch.nan_to_num(lse, neginf=0).abs().max().item())
-        score = max(score, norms_of_products(q_i, k_i).max().item())
+        norms = norms_of_products(q_i, k_i)
+        score = max(score, norms.max().item())
         term = max(term, (weights * norms_of_products(dout_i, v_i)).max().item())
         if sinks is not None:
-            delta = (dout_i * (weights @ v_i)).square().sum(2).sqrt() + dlse[rows].t().abs()
-            squares.append(((sinks[:, None] - lse).exp() * delta).square().sum(1))
+            products, dlse_i = dout_i * (weights @ v_i), dlse[rows].t()
+            dot = products.sum(2)
+            by_out = ulp_of_out * (products.square().sum(2).sqrt() + dlse_i.abs())
+            by_lse = ulp * (lse * (dot - dlse_i)).abs()
+            by_score = weights * (dout_i @ v_i.transpose(1, 2) - (2 * dot - dlse_i)[..., None])
+            by_scores = in_order * scale * (norms * by_score).square().sum(2).sqrt()
+            of_row = by_out.square() + by_lse.square() + by_scores.square()
+            squares.append(((sinks[:, None] - lse).exp().square() * of_row).sum(1))
 
     def largest(x: Tensor) -> float:
         return x.abs().max().item() if x.numel() else 0.0
 
-    in_order, in_order_v = (0.6 * max(1.0, x.shape[2] ** 0.5) * ulp for x in (q, v))
     return {
         "relative": ulp / 2 * largest_lse,
         "lse": in_order * scale * score,
         "dq": in_order_v * term * scale * largest(k),
         "dk": in_order_v * term * scale * largest(q),
-        "dsinks": ulp_of_out * torch.stack(squares).sum(0).sqrt().max().item(),
+        "dsinks": torch.stack(squares).sum(0).sqrt().max().item(),
     }
 
 
