@@ -2,8 +2,11 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <limits>
 #include <stdexcept>
 #include <string>
+
+#include "core/check.h"
 
 namespace packseq {
 
@@ -19,6 +22,7 @@ template <class Params>
 void launch(const char* what, void (*kernel)(Params), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
             const std::type_identity_t<Params>& params) {
   if (blocks == 0) return;
+  check(blocks <= std::numeric_limits<int32_t>::max(), what, ": needs ", blocks, " blocks, and a grid has 2^31 - 1");
   if (shared > 48 * 1024) {
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
   }
