@@ -17,6 +17,12 @@ struct Packed {
   int64_t head;   // elements from one head to the next
 };
 
+// A packed tensor [total, width]: element (t, c) is data[t * token + c].
+struct Rows {
+  const void* data;
+  int64_t token;  // elements from one token to the next
+};
+
 struct Span {
   int64_t begin, end;
   PACKSEQ_HOST_DEVICE int64_t size() const { return end - begin; }
