@@ -94,7 +94,7 @@ struct BackwardWorkspace {
         keys(take_tiles(pieces, p, p.total_k, is_half(p) ? sm80::backward_rows(padded_dim(p), small) : kF32Rows)),
         queries(take_tiles(pieces, p, is_half(p) ? 0 : p.total_q, kF32Rows)),
         dq(pieces.take<float>(is_half(p) ? p.heads * p.total_q * padded_dim(p) : 0)),
-        turn_count(is_half(p) ? p.heads * sm80::turn_slots(p, padded_dim(p)) * 8 : 0) {
+        turn_count(is_half(p) ? p.heads * sm80::turn_slots(p, padded_dim(p)) : 0) {
     turns = pieces.take<int>(turn_count);
   }
 };

@@ -28,7 +28,7 @@ struct BackwardScratch {
   const float* lse;    // [heads, total_q], times log2(e); +inf for rows that see no key
   const float* delta;  // [heads, total_q], rowsum(dout * out) - dlse
   float* dq;           // [heads, total_q, kDim], float32, a row's columns as write_dq() orders them
-  int* turns;          // [heads, turn_slots(), 8], zeros: key blocks that each warp has added to a query block of dq
+  int* turns;          // [heads, turn_slots()], zeros: key blocks that have added to a query block of dq
 };
 
 // Counters of a head: sequence i's are at cu_seqlens_q[i] / turn_rows + i and on, one for each block of its queries.

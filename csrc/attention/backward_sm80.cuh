@@ -11,10 +11,9 @@
 //     dV += P^T dO, dK += dS^T Q
 //     dQ += dS K                      one step late, so that a step has a single barrier
 //
-// dQ is summed over the key blocks in float32 global memory. The blocks take turns in ascending order of keys, warp by
-// warp, counted by an integer a query block and warp; they walk down from the last queries, so under a causal mask,
-// where early keys have most to do, nobody waits but in the first few steps. Whoever is first stores instead of adding:
-// nothing is cleared.
+// dQ is summed over the key blocks in float32 global memory. The blocks take turns in ascending order of keys, counted
+// by an integer a query block; they walk down from the last queries, so under a causal mask, where early keys have most
+// to do, nobody waits but in the first few steps. Whoever is first stores instead of adding: nothing is cleared.
 #pragma once
 #include <climits>
 
@@ -125,16 +124,19 @@ class BackwardBlock {
       more = advance(i + 1);
       copy_async_wait<0>();
       __syncthreads();  // this step's tiles and the last step's dS are there; the other buffers are free
+      pass(i);
       if (C::kStages > 1 && more) fetch(i + 1);
       step(i);
     }
     __syncthreads();
     if (i > 0) {
       finish_step(i - 1);
-      settle_additions();
-      if (i % 2 == 0) pass_on(i - 2);
-      pass_on(i - 1);
       __syncthreads();
+      if (warp_ == 0) {
+        settle_additions();
+        if (i > 1) pass_on(i - 2);
+        pass_on(i - 1);
+      }
     }
     finish();
   }
@@ -200,18 +202,16 @@ class BackwardBlock {
     __syncthreads();
   }
 
-  // Each warp waits for its namesake in the block before, not for the whole block.
   __device__ int* counter(Visit v) const {
     const int64_t slot = q_begin_ / C::kQueries + sequence_ + v.block;
-    return params_.scratch.turns + (head_of(v) * turn_slots(p_, C::kDim) + slot) * C::kWarps + warp_;
+    return params_.scratch.turns + head_of(v) * turn_slots(p_, C::kDim) + slot;
   }
-  // To be called in step i when this warp has made its additions for visit i - 1. Passes two turns on at a time: it is
-  // the wait before it that costs.
+  // To be called behind the barrier of step i: all warps have made their additions for visit i - 2. It is the wait for
+  // them that costs, so the warps relieve each other at it.
   __device__ void pass(int i) const {
-    if (i % 2 == 1) return;
+    if (i < 2 || i % C::kWarps != warp_) return;
     settle_additions();
     pass_on(i - 2);
-    pass_on(i - 1);
   }
   __device__ void pass_on(int i) const {
     const Visit v = visit(i);
@@ -252,7 +252,6 @@ class BackwardBlock {
         store(shared_ds(i), dp, chunk);
         accumulate(dv_, s, shared_dout(i), chunk);
         accumulate(dk_, dp, shared_q(i), chunk);
-        if (i > 0 && chunk == 0) pass(i);
       }
     } else {
       // The two warps that share their keys share a scheduler too: they do what is left of the step before at different
@@ -263,7 +262,6 @@ class BackwardBlock {
       score(s, dp, i, mine);
       store(shared_p(i), s, mine);
       store(shared_ds(i), dp, mine);
-      if (i > 0 && half_ == 0) pass(i);
       accumulate(dv_, s, shared_dout(i), mine);
       accumulate(dk_, dp, shared_q(i), mine);
       if (i > 0 && half_ == 1) finish_step(i - 1);
@@ -271,7 +269,6 @@ class BackwardBlock {
         asm volatile("bar.sync %0, 64;" ::"r"(1 + warp_ % kKeyWarps) : "memory");
         accumulate_partner(i);
       }
-      if (i > 0 && half_ == 1) pass(i);
     }
   }
 
