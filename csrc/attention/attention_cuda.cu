@@ -15,27 +15,10 @@
 #include "core/dispatch.h"
 #include "core/launch.h"
 #include "core/schedule.h"
+#include "core/workspace.h"
 
 namespace packseq {
 namespace {
-
-// Hands out pieces of a workspace; with a null base it only counts.
-class Pieces {
- public:
-  explicit Pieces(void* base) : base_(static_cast<char*>(base)) {}
-
-  template <class X>
-  X* take(int64_t count) {
-    X* piece = base_ ? reinterpret_cast<X*>(base_ + used_) : nullptr;
-    used_ += (size_t(count) * sizeof(X) + 255) / 256 * 256;
-    return piece;
-  }
-  size_t used() const { return used_; }
-
- private:
-  char* base_;
-  size_t used_ = 0;
-};
 
 bool is_half(const AttentionProblem& p) { return p.dtype != Dtype::f32; }
 
@@ -63,13 +46,13 @@ struct TileList {
   int rows;
 };
 
-TileList take_tiles(Pieces& pieces, const AttentionProblem& p, int64_t total, int rows) {
+TileList take_tiles(Workspace& pieces, const AttentionProblem& p, int64_t total, int rows) {
   const int64_t places = tile_capacity(total, p.sequences, rows);
   return {pieces.take<Tile>(places), places, rows};
 }
 
 struct ForwardWorkspace {
-  Pieces pieces;
+  Workspace pieces;
   TileList queries;
 
   ForwardWorkspace(const AttentionProblem& p, void* base)
@@ -79,7 +62,7 @@ struct ForwardWorkspace {
 
 struct BackwardWorkspace {
   bool small = small_shared();
-  Pieces pieces;
+  Workspace pieces;
   float *lse, *delta;
   TileList keys;
   TileList queries;  // float32 only

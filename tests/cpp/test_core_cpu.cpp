@@ -77,6 +77,64 @@ TEST(CpuMath, Tanh) {
   check_tanh<double>(4);
 }
 
+// Every function over its whole range; results that would be denormal are 0.
+template <class Real>
+void check_functions() {
+  using Wide = long double;
+  const Real infinity = std::numeric_limits<Real>::infinity(), nan = std::numeric_limits<Real>::quiet_NaN();
+  const Real lowest = sizeof(Real) == 4 ? Real(-87) : Real(-708);
+  for (int i = 1; i <= 100000; ++i) {
+    const Real down = lowest * Real(i) / 100000, small = std::ldexp(Real(i) / 100000, -(i % 60)),
+               x = Real(i - 50000) / 700;
+    ASSERT_LE(ulps(one(cpu::exp_down<Real>, down), std::exp(Wide(down))), 1.6) << down;
+    ASSERT_LE(ulps(one(cpu::log1p<Real>, small), std::log1p(Wide(small))), 2.5) << small;
+    const Wide e = std::exp(-Wide(x));
+    ASSERT_LE(ulps(one(cpu::sigmoid<Real>, x), 1 / (1 + e)), 3) << x;
+    const cpu::Softplus<Real> softplus(cpu::splat(x));
+    ASSERT_LE(ulps(softplus.value[0], x > 20 ? Wide(x) : std::log1p(std::exp(Wide(x)))), 4) << x;
+    ASSERT_LE(ulps(softplus.slope[0], x > 20 ? Wide(1) : 1 / (1 + e)), 3) << x;
+  }
+  EXPECT_EQ(one(cpu::exp_down<Real>, -infinity), 0);
+  EXPECT_EQ(one(cpu::exp_down<Real>, Real(0)), 1);
+  EXPECT_TRUE(std::isnan(one(cpu::exp_down<Real>, nan)));
+  EXPECT_EQ(one(cpu::sigmoid<Real>, infinity), 1);
+  EXPECT_EQ(one(cpu::sigmoid<Real>, -infinity), 0);
+  EXPECT_EQ(cpu::Softplus<Real>(cpu::splat(infinity)).value[0], infinity);
+  EXPECT_EQ(cpu::Softplus<Real>(cpu::splat(-infinity)).value[0], 0);
+  EXPECT_TRUE(std::isnan(cpu::Softplus<Real>(cpu::splat(nan)).value[0]));
+}
+
+TEST(CpuMath, Functions) {
+  check_functions<float>();
+  check_functions<double>();
+}
+
+// By the error itself, near 1; angles of every size, those with a lane beyond the fast path too.
+template <class Real>
+void check_circle(double limit) {
+  for (int i = -100000; i <= 100000; ++i) {
+    for (const Real x : {Real(i) / 3000, Real(i) / 7, Real(i) * Real(1e4), Real(i) * Real(1e-9)}) {
+      cpu::Vec<Real> angles = cpu::splat(x);
+      if (i % 3 == 0) angles[0] = Real(1e30);
+      const cpu::Circle<Real> circle(angles);
+      const int lane = cpu::kLanes<Real> - 1;
+      const double unit = std::numeric_limits<Real>::epsilon();
+      ASSERT_LE(std::fabs(double(circle.sin[lane] - std::sin((long double)(x)))), limit * unit) << x;
+      ASSERT_LE(std::fabs(double(circle.cos[lane] - std::cos((long double)(x)))), limit * unit) << x;
+    }
+  }
+  const Real infinity = std::numeric_limits<Real>::infinity();
+  EXPECT_TRUE(std::isnan(cpu::Circle<Real>(cpu::splat(infinity)).sin[0]));
+  EXPECT_TRUE(std::isnan(cpu::Circle<Real>(cpu::splat(Real(std::nan("")))).cos[0]));
+  EXPECT_EQ(cpu::Circle<Real>(cpu::splat(Real(0))).sin[0], 0);
+  EXPECT_EQ(cpu::Circle<Real>(cpu::splat(Real(0))).cos[0], 1);
+}
+
+TEST(CpuMath, Circle) {
+  check_circle<float>(1.2);
+  check_circle<double>(1.2);
+}
+
 template <class Half>
 void check_half(Dtype dtype) {
   constexpr int lanes = cpu::kLanes<float>;

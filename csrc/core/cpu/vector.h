@@ -3,6 +3,10 @@
 #pragma once
 #include <cstdint>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #ifndef PACKSEQ_ISA
 #define PACKSEQ_ISA baseline
 #endif
@@ -72,20 +76,56 @@ PACKSEQ_INLINE Vec<Int<T>> bits_of(Vec<T> v) {
   return (Vec<Int<T>>)v;
 }
 
+// One instruction each, which compilers do not always see in the comparison.
+#if defined(__AVX512F__)
+PACKSEQ_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_maskz_max_ps(0xffff, a, b); }
+PACKSEQ_INLINE Vec<float> min_of(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_maskz_min_ps(0xffff, a, b); }
+PACKSEQ_INLINE Vec<double> max_of(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm512_maskz_max_pd(0xff, a, b); }
+PACKSEQ_INLINE Vec<double> min_of(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm512_maskz_min_pd(0xff, a, b); }
+#elif defined(__AVX__)
+PACKSEQ_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps(a, b); }
+PACKSEQ_INLINE Vec<float> min_of(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_min_ps(a, b); }
+PACKSEQ_INLINE Vec<double> max_of(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_max_pd(a, b); }
+PACKSEQ_INLINE Vec<double> min_of(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_min_pd(a, b); }
+#elif defined(__SSE2__)
+PACKSEQ_INLINE Vec<float> max_of(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm_max_ps(a, b); }
+PACKSEQ_INLINE Vec<float> min_of(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm_min_ps(a, b); }
+PACKSEQ_INLINE Vec<double> max_of(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm_max_pd(a, b); }
+PACKSEQ_INLINE Vec<double> min_of(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm_min_pd(a, b); }
+#else
+template <class V>
+PACKSEQ_INLINE V max_of(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+PACKSEQ_INLINE V min_of(V a, V b) {
+  return a < b ? a : b;
+}
+#endif
+
 template <class T>
 PACKSEQ_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {  // b where either is NaN
-  return a > b ? a : b;
+  return max_of(a, b);
 }
 
 template <class T>
 PACKSEQ_INLINE Vec<T> min(Vec<T> a, Vec<T> b) {  // b where either is NaN
-  return a < b ? a : b;
+  return min_of(a, b);
 }
 
 template <class T>
 PACKSEQ_INLINE Vec<T> abs(Vec<T> v) {
   constexpr Int<T> sign = Int<T>(1) << (8 * sizeof(T) - 1);
   return (Vec<T>)(bits_of<T>(v) & ~sign);
+}
+
+template <class T>
+PACKSEQ_INLINE bool any(Vec<Int<T>> mask) {  // of lanes that are all bits or none, as comparisons give them
+  constexpr int words = kVectorBytes / 8;
+  const auto bits = (Vec<int64_t>)mask;
+  int64_t seen = 0;
+  for (int i = 0; i < words; ++i) seen |= bits[i];
+  return seen != 0;
 }
 
 template <class T>

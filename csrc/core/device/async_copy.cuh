@@ -1,4 +1,4 @@
-// cp.async: 16 bytes from global to shared memory without passing through registers.
+// cp.async: up to 16 bytes from global to shared memory without passing through registers.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,11 @@ __device__ __forceinline__ void copy_async_16(uint32_t shared, const void* globa
                : "memory");
 }
 
-// The same for 4 bytes.
+// The same for 8 and 4 bytes.
+__device__ __forceinline__ void copy_async_8(uint32_t shared, const void* global, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared), "l"(global), "r"(valid ? 8 : 0)
+               : "memory");
+}
 __device__ __forceinline__ void copy_async_4(uint32_t shared, const void* global, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(valid ? 4 : 0)
                : "memory");
