@@ -36,6 +36,8 @@ class Operator:
     # Boundaries' names, and how many rows a sequence of length n has there.
     lengths: Mapping[str, Callable[[int], int]] = field(default_factory=lambda: {"cu_seqlens": lambda n: n})
     half: bool = True  # whether it takes half types
+    complex: frozenset[str] = frozenset()  # names of what is complex, of statistics' width
+    inference: bool = False  # without any gradient
     moves: bool = False  # only moves rows: of any dtype and shape, under autocast too, with derivatives of any order
     big: bool = False  # whether it stands for its family beyond 2^31 elements
 
@@ -45,6 +47,12 @@ class Operator:
     def count(self, rows: Rows, length: int) -> int:
         return 1 if rows.of == "sequences" else self.lengths[rows.of](length)
 
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """Of an input or output by its name, or of a parameter, where the operator is called with `dtype`."""
+        rows = self.inputs.get(name) or self.outputs.get(name)
+        kind = dtype if rows and not rows.statistics else statistics(dtype)
+        return kind.to_complex() if name in self.complex else kind
+
 
 def statistics(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -53,23 +61,20 @@ def statistics(dtype: torch.dtype) -> torch.dtype:
 @lru_cache(maxsize=100)
 def random(*shape: int, seed: str, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(seed.encode()))
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    return torch.randn(shape, generator=generator, dtype=wide).to(dtype)
 
 
 Sequence = dict[str, Tensor]  # rows of each input, and under "d" + its name of each output's gradient
 
 
 def draw(op: Operator, length: int, dtype: torch.dtype, seed: int = 0) -> Sequence:
-    rows = {**op.inputs, **{"d" + name: output for name, output in op.outputs.items()}}
-    return {
-        name: random(
-            op.count(r, length),
-            *r.shape,
-            seed=f"{name} {length} {seed}",
-            dtype=statistics(dtype) if r.statistics else dtype,
-        )
-        for name, r in rows.items()
-    }
+    def rows_of(name: str, rows: Rows, prefix: str = "") -> Tensor:
+        kind = op.dtype_of(name, dtype)
+        return random(op.count(rows, length), *rows.shape, seed=f"{prefix}{name} {length} {seed}", dtype=kind)
+
+    inputs = {name: rows_of(name, rows) for name, rows in op.inputs.items()}
+    return inputs | {"d" + name: rows_of(name, rows, "d") for name, rows in op.outputs.items()}
 
 
 @dataclass
@@ -91,22 +96,26 @@ def boundaries(lengths: list[int], device: str = "cpu") -> Tensor:
 def pack(op: Operator, lengths: list[int], sequences: list[Sequence], dtype: torch.dtype, device: str, slack: int = 0):
     """The sequences one after another, then `slack` rows of NaN."""
 
-    def join(name: str, rows: Rows) -> Tensor:
-        kind = statistics(dtype) if rows.statistics else dtype
-        tail = torch.full((0 if rows.of == "sequences" else slack, *rows.shape), torch.nan, dtype=kind)
-        return torch.cat([*(s[name] for s in sequences), tail]).to(device)
+    def join(name: str, rows: Rows, prefix: str = "") -> Tensor:
+        rest = 0 if rows.of == "sequences" else slack
+        tail = torch.full((rest, *rows.shape), torch.nan, dtype=op.dtype_of(name, dtype))
+        return torch.cat([*(s[prefix + name] for s in sequences), tail]).to(device)
+
+    def parameter(name: str, shape: tuple[int, ...]) -> Tensor:
+        x = random(*shape, seed=name, dtype=op.dtype_of(name, dtype))
+        return (torch.complex(x.real.abs(), x.imag) if x.is_complex() else x.abs()).to(device)
 
     def parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        return {n: random(*shape, seed=n, dtype=statistics(dtype)).abs().to(device) for n, shape in shapes.items()}
+        return {name: parameter(name, shape) for name, shape in shapes.items()}
 
     arguments = {name: join(name, rows) for name, rows in op.inputs.items()}
     arguments |= parameters(op.shared)
-    for x in arguments.values():
-        x.requires_grad_()
-    differentiable = list(arguments)
+    differentiable = [] if op.inference else list(arguments)
+    for name in differentiable:
+        arguments[name].requires_grad_()
     arguments |= parameters(op.constants)
     arguments |= {name: boundaries([f(n) for n in lengths], device) for name, f in op.lengths.items()}
-    gradients = {name: join("d" + name, rows) for name, rows in op.outputs.items()}
+    gradients = {name: join(name, rows, "d") for name, rows in op.outputs.items()}
     return Batch(arguments, gradients, differentiable)
 
 
@@ -117,6 +126,8 @@ def batch(op: Operator, lengths: list[int], dtype: torch.dtype, device: str, sla
 def run(op: Operator, b: Batch, call: Callable | None = None) -> dict[str, Tensor]:
     """Every output by name, and under "d" + its name the gradient of every differentiable argument."""
     outputs = dict(zip(op.outputs, (call or op.call)(**b.arguments), strict=True))
+    if op.inference:
+        return outputs
     gradients = torch.autograd.grad(
         list(outputs.values()), [b.arguments[n] for n in b.differentiable], [b.gradients[n] for n in outputs]
     )
@@ -126,7 +137,7 @@ def run(op: Operator, b: Batch, call: Callable | None = None) -> dict[str, Tenso
 
 def rows_of(op: Operator) -> dict[str, Rows]:
     """The results that belong to sequences: all but the gradients of shared parameters."""
-    return {**op.outputs, **{"d" + name: rows for name, rows in op.inputs.items()}}
+    return {**op.outputs, **({} if op.inference else {"d" + name: rows for name, rows in op.inputs.items()})}
 
 
 def split(
@@ -206,6 +217,117 @@ _add_attention(
 _add_attention("attention-cross", 2, 1, 96, keys=lambda n: 3 if n == 0 else n * 2 // 3, causal=True, sinks=True)
 _add_attention("attention-192", 2, 1, 192, 128, window=(20, 7), sink_tokens=2)
 _add_attention("attention-256", 2, 1, 256, keys=lambda n: n + 70, softcap=6.0, slopes=True)
+
+
+# ---- selective scan and causal convolution
+
+
+def _decaying(A: Tensor) -> Tensor:
+    return (-0.05 * A).to(A.dtype)  # slowly, where delta can be negative too
+
+
+def _scan(options: dict, A: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    return packseq.selective_scan(A=_decaying(A), **tensors, **options, return_final_states=True)
+
+
+def _scan_step(options: dict, states: Tensor, A: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    pool = states.clone()
+    return packseq.selective_scan_step(pool, A=_decaying(A), **tensors, **options), pool
+
+
+def _add_scan(
+    id: str,
+    channels: int,
+    states: int,
+    groups: int = 1,
+    *,
+    constant: str = "",
+    complex: bool = False,
+    z: bool = False,
+    D: bool = False,
+    delta_bias: bool = False,
+    initial_states: bool = False,
+    step: bool = False,
+    big: bool = False,
+    **options,
+) -> None:
+    of_sequences = Rows((channels, states), of="sequences", statistics=True)
+    inputs = {"u": Rows((channels,)), "delta": Rows((channels,))}
+    shared = {"A": (channels, states)}
+    for name in ("B", "C"):
+        if name in constant:
+            shared[name] = (channels, states)
+        else:
+            inputs[name] = Rows((groups, states), statistics=complex)
+    if z:
+        inputs["z"] = Rows((channels,))
+    if D:
+        shared["D"] = (channels,)
+    if delta_bias:
+        shared["delta_bias"] = (channels,)
+    if initial_states or step:
+        inputs["states" if step else "initial_states"] = of_sequences
+    OPERATORS.append(
+        Operator(
+            id=id,
+            call=partial(_scan_step if step else _scan, options),
+            inputs=inputs,
+            outputs={"out": Rows((channels,)), "new_states" if step else "final_states": of_sequences},
+            shared=shared,
+            complex=frozenset(("A", "B", "C", "states", "initial_states", "new_states", "final_states") * complex),
+            inference=step,
+            big=big,
+        )
+    )
+
+
+_add_scan("scan", 64, 16, 4, big=True)
+_add_scan(
+    *("scan-all-options", 24, 9, 2),
+    **{"z": True, "D": True, "delta_bias": True, "delta_softplus": True, "initial_states": True},
+)
+_add_scan(
+    "scan-constant-reverse", 64, 4, constant="BC", delta_softplus=True, initial_states=True, reverse=True, big=True
+)
+_add_scan("scan-complex", 6, 5, 3, constant="B", complex=True, z=True, delta_softplus=True, initial_states=True)
+_add_scan("scan-256", 3, 256, D=True, reverse=True)
+_add_scan("scan-step", 24, 16, 2, z=True, D=True, delta_bias=True, delta_softplus=True, step=True)
+_add_scan("scan-step-complex", 5, 3, constant="C", complex=True, step=True)
+
+
+def _conv1d(options: dict, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    return packseq.causal_conv1d(**tensors, **options, return_final_states=True)
+
+
+def _conv1d_step(options: dict, states: Tensor, x: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    pool = states.clone()
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # the pool's dtype is its owner's choice
+        pool = pool.to(torch.get_autocast_dtype(x.device.type))
+    return packseq.causal_conv1d_step(pool, x, **tensors, **options), pool
+
+
+def _add_conv1d(
+    id: str, channels: int, width: int, *, bias: bool = False, states: str = "", big: bool = False, **options
+) -> None:
+    step = states == "states"
+    of_sequences = Rows((channels, width - 1), of="sequences")
+    OPERATORS.append(
+        Operator(
+            id=id,
+            call=partial(_conv1d_step if step else _conv1d, options),
+            inputs={"x": Rows((channels,))} | ({states: of_sequences} if states else {}),
+            outputs={"out": Rows((channels,)), "new_states" if step else "final_states": of_sequences},
+            shared={"weight": (channels, width)} | ({"bias": (channels,)} if bias else {}),
+            inference=step,
+            big=big,
+        )
+    )
+
+
+_add_conv1d("conv1d", 64, 4, big=True)
+_add_conv1d("conv1d-all-options", 37, 3, bias=True, states="initial_states", activation="silu", reverse=True)
+_add_conv1d("conv1d-8", 8, 8, bias=True, states="initial_states")
+_add_conv1d("conv1d-step", 24, 4, bias=True, states="states", activation="silu")
 
 
 # ---- packseq.nn

@@ -1,9 +1,13 @@
-"""The parts of make demo: its texts, its batches, and that padded and packed are the same model."""
+"""The parts of make demo and make train-mamba: their texts, their batches, that padded and packed are the same model,
+and that training goes on from a checkpoint as if it had not stopped."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from compare import assert_same_bits
 from packseq.nn import BertConfig, BertEncoder, mean_pool
 
 
@@ -58,3 +62,112 @@ def test_padded_and_packed_are_the_same_model(texts):
     one = texts.padded(1, order)[3]
     assert one[1] is None  # nothing is padded, so there is no mask
     torch.testing.assert_close(mean_embeddings(encoder, *one)[0], padded[3], rtol=0, atol=1e-5)
+
+
+# ---- make train-mamba
+
+
+def test_functions_are_many_and_come_once():
+    from source_code import functions
+
+    found = functions()
+    assert len(found) > 3000
+    assert len(set(found)) == len(found)
+    assert all(text.startswith((b"def ", b"async def ", b"@")) and b"\0" not in text for text in found)
+    assert any(text.startswith(b"def copyfile(src, dst") for text in found)
+
+
+@pytest.fixture
+def training(monkeypatch):
+    """train_mamba, with documents that are quick to read."""
+    for name in ("numpy", "matplotlib"):
+        pytest.importorskip(name)
+    import train_mamba
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 90, (150,), generator=generator).tolist()
+    documents = [bytes(torch.randint(97, 123, (n,), generator=generator).tolist()) for n in lengths]
+    monkeypatch.setattr(train_mamba, "functions", lambda: documents)
+    monkeypatch.setattr(train_mamba, "TURNS", 1)
+    return train_mamba
+
+
+def test_batches_hold_each_document_once_an_epoch(training):
+    documents = training.functions()
+    stream = training.Stream(documents, 300, 0, torch.device("cpu"))
+    for epoch in range(2):
+        seen = []
+        while stream.epoch == epoch:
+            batch = stream.next()
+            assert len(batch.ids) <= 300
+            lengths = batch.cu_seqlens.diff().tolist()
+            for ids, targets in zip(batch.ids.split(lengths), batch.targets.split(lengths), strict=True):
+                assert ids[0] == targets[-1] == training.END
+                assert torch.equal(ids[1:], targets[:-1])
+                seen.append(bytes(ids[1:].tolist()))
+        assert seen != documents
+        assert sorted(seen) == sorted(documents)
+    cut = training.pieces(documents, 10)
+    assert b"".join(cut) == b"".join(documents)
+    assert max(map(len, cut)) == 9
+
+
+def tiny(folder: Path, *more: str) -> list[str]:
+    sizes = "--steps 6 --batch-tokens 400 --longest 60 --d-model 32 --layers 2 --save-every 2 --sample 5 --device cpu"
+    return [*sizes.split(), "--folder", str(folder), *more]
+
+
+def test_training_resumes_with_the_same_bits(training, tmp_path, capsys):
+    at_once, in_parts = tmp_path / "at once", tmp_path / "in parts"
+    assert training.main(tiny(at_once)) == 0
+    out = capsys.readouterr().out
+    assert "bits a byte" in out
+    assert "at most 1e-03" in out
+    assert "async def" in out
+    assert (at_once / "loss.png").stat().st_size > 1000
+    assert training.main(tiny(in_parts, "--stop-at", "3")) == 0
+    torch.rand(5)  # what else draws numbers meanwhile
+    assert training.main(tiny(in_parts, "--resume", "--stop-at", "4")) == 0
+    assert training.main(tiny(in_parts, "--resume")) == 0
+    whole, parts = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (at_once, in_parts))
+    assert len(whole["losses"]) == 6
+    assert whole.keys() == parts.keys()
+    for name in ("losses", "held_out", "stream", "options"):
+        assert whole[name] == parts[name]
+    for name, x in whole["model"].items():
+        assert_same_bits(name, parts["model"][name], x)
+    for i, moments in whole["optimizer"]["state"].items():
+        for name, x in moments.items():
+            assert_same_bits(f"{name} of {i}", parts["optimizer"]["state"][i][name], x)
+    assert torch.equal(whole["random"], parts["random"])
+
+
+def test_interrupted_training_keeps_whole_steps(training, tmp_path, monkeypatch, capsys):
+    advance = training.Trainer.advance
+
+    def interrupted(self) -> int:
+        if self.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self)
+
+    monkeypatch.setattr(training.Trainer, "advance", interrupted)
+    assert training.main(tiny(tmp_path)) == 130
+    assert "Stopped after 3 steps; the same command with --resume" in capsys.readouterr().out
+    assert len(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["losses"]) == 3
+
+
+def test_resuming_otherwise_is_refused(training, tmp_path):
+    with pytest.raises(SystemExit, match=r"There is no .*checkpoint.pt to resume from"):
+        training.main(tiny(tmp_path, "--resume"))
+    assert training.main(tiny(tmp_path, "--stop-at", "1")) == 0
+    with pytest.raises(SystemExit, match="was trained with --seed 0: resume with the same, not 3"):
+        training.main(tiny(tmp_path, "--resume", "--seed", "3"))
+
+
+def test_padded_and_packed_documents_have_the_same_loss(training):
+    options = training.parse(tiny(Path("unused")))
+    trainer = training.Trainer(training.functions(), options)
+    batch = trainer.stream.next()
+    padded = batch.padded()
+    assert len(padded.ids) > len(batch.ids)
+    torch.testing.assert_close(trainer.loss(padded), trainer.loss(batch), rtol=0, atol=1e-5)

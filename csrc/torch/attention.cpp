@@ -13,14 +13,6 @@
 namespace packseq {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
-const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
-
-void make_contiguous(OptionalTensor& t) {
-  if (t) *t = torch::stable::contiguous(*t);
-}
-
 // What both directions are called with, as it came.
 struct Inputs {
   const char* op;
@@ -147,10 +139,6 @@ void run(const AttentionBackward& call, const Tensor&, const Cpu& backend) {
   attention_backward(call, Executor(backend));
 }
 #if PACKSEQ_HAS_CUDA
-Tensor workspace(const Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {int64_t(bytes)}, ScalarType::Byte);
-}
-
 void run(AttentionForward call, const Tensor& like, const Cuda& backend) {
   const Tensor space = workspace(like, attention_forward_workspace(call.problem));
   call.workspace = space.mutable_data_ptr();

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include "core/build_info.h"
 #include "core/executor.h"
@@ -43,6 +44,11 @@ struct Cuda {
   torch::stable::accelerator::DeviceGuard guard;
   cudaStream_t stream;
 };
+
+// Memory for one call, beside `like`; the allocator aligns it to 256 bytes and more.
+inline torch::stable::Tensor workspace(const torch::stable::Tensor& like, size_t bytes) {
+  return torch::stable::new_empty(like, {int64_t(bytes)}, torch::headeronly::ScalarType::Byte);
+}
 #else
 // Built without CUDA the operators are registered for CUDA all the same: to say in one sentence what is missing.
 struct Cuda : Cpu {

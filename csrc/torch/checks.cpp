@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <string_view>
+#include <vector>
 
 namespace packseq {
 
@@ -34,6 +36,10 @@ std::string name_of(ScalarType type) {
       return "float32";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
     case ScalarType::Int:
       return "int32";
     case ScalarType::Long:
@@ -58,6 +64,16 @@ Dtype dtype_of(const Argument& a) {
     if (a.tensor.scalar_type() == scalar_type_of(t)) return t;
   }
   fail(a, " must be float16, bfloat16, float32 or float64, got ", name_of(a.tensor.scalar_type()));
+}
+
+Dtype dtype_on_device(const Argument& a) {
+  const Dtype dtype = dtype_of(a);
+  check(dtype != Dtype::f64 || !a.tensor.is_cuda(), a, " must be float16, bfloat16 or float32 on a GPU, got float64");
+  return dtype;
+}
+
+ScalarType parameter_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 void check_dims(const Argument& a, int64_t dims, const char* layout) {
@@ -117,18 +133,70 @@ void check_boundary_values(const Argument& a, int64_t total) {
   check(at[last] <= total, a, " must end within the ", total, " rows there are, got ", at[last], " at position ", last);
 }
 
+void check_channels(const Argument& a, int64_t channels) {
+  check(channels >= 1 && channels <= std::numeric_limits<int>::max(), a,
+        " must have between 1 and 2^31 - 1 channels, got ", channels);
+}
+
+void check_gradient_of_rows(const Argument& gradient, const Argument& rows) {
+  check_shape(gradient, {rows.tensor.size(0), rows.tensor.size(1)});
+  check_same_dtype(gradient, rows);
+  check_same_device(gradient, rows);
+}
+
+void check_pool(const Argument& a, int64_t dims, const char* layout) {
+  check_dims(a, dims, layout);
+  if (a.tensor.is_contiguous()) return;
+  const auto strides = a.tensor.strides();
+  fail(a, " must be contiguous, got strides ", listed(strides.data(), strides.size()));
+}
+
+void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences) {
+  const int64_t slots = pool.tensor.size(0);
+  if (!indices) {
+    check(sequences <= slots, pool, " must have a slot for each of the ", sequences,
+          " sequences, or indices must be given, got ", slots, " slots");
+    return;
+  }
+  const Argument a{op, "indices", *indices};
+  check_shape(a, {sequences});
+  check_dtype(a, ScalarType::Int);
+  check_same_device(a, pool);
+  if (!validates(*indices)) return;
+  const Tensor host = on_host(torch::stable::contiguous(*indices));
+  const int32_t* slot = static_cast<const int32_t*>(host.const_data_ptr());
+  std::vector<bool> taken(slots);
+  for (int64_t i = 0; i < sequences; ++i) {
+    if (slot[i] < 0) continue;
+    check(slot[i] < slots, a, " must be negative or one of the ", slots, " slots of ", pool.name, ", got ", slot[i],
+          " at position ", i);
+    check(!taken[slot[i]], a, " must give each sequence a slot of its own, got ", slot[i], " again at position ", i);
+    taken[slot[i]] = true;
+  }
+}
+
+const void* data_of(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+void make_contiguous(OptionalTensor& t) {
+  if (t) *t = torch::stable::contiguous(*t);
+}
+
 Tensor readable(const Tensor& t, int64_t alignment) {
-  const int64_t bytes = int64_t(t.element_size());
-  const auto steps_well = [&](int64_t dim) { return t.size(dim) <= 1 || t.stride(dim) * bytes % alignment == 0; };
+  const int64_t bytes = int64_t(t.element_size()), last = t.dim() - 1;
   const auto in_place = [&](const Tensor& x) {
     return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % uintptr_t(alignment) == 0;
   };
-  const bool dense = t.size(2) <= 1 || t.stride(2) == 1;
-  if (dense && steps_well(0) && steps_well(1) && in_place(t)) return t;
+  bool steps_well = t.size(last) <= 1 || t.stride(last) == 1;
+  for (int64_t dim = 0; dim < last; ++dim) {
+    steps_well = steps_well && (t.size(dim) <= 1 || t.stride(dim) * bytes % alignment == 0);
+  }
+  if (steps_well && in_place(t)) return t;
   const Tensor copy = torch::stable::contiguous(t);
   return in_place(copy) ? copy : torch::stable::clone(copy);
 }
 
 Packed packed_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
+
+Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
 
 }  // namespace packseq

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "core/check.h"
@@ -17,6 +18,7 @@ namespace packseq {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // An operator's argument, which prints as "attention: q".
 struct Argument {
@@ -35,6 +37,11 @@ ScalarType scalar_type_of(Dtype);
 // The element type, which must be one of the floating types that the core knows.
 Dtype dtype_of(const Argument&);
 
+// The same, where a GPU takes all but float64.
+Dtype dtype_on_device(const Argument&);
+// Of parameters, states and statistics beside a tensor: float64 where it is float64, else float32.
+ScalarType parameter_type(const Tensor&);
+
 // `layout` names the dimensions: "[total, heads, dim]".
 void check_dims(const Argument&, int64_t dims, const char* layout);
 void check_shape(const Argument&, std::initializer_list<int64_t> shape);
@@ -52,9 +59,24 @@ void check_boundaries(const Argument&, const Argument& like);
 // What is in it, where validates() says so: starts at 0, never decreases, ends within `total`.
 void check_boundary_values(const Argument&, int64_t total);
 
-// t if a kernel can read its rows [total, heads, dim] in place: the last dimension contiguous, rows at multiples of
-// `alignment` bytes. Else a contiguous copy.
-Tensor readable(const Tensor& t, int64_t alignment);
+// Rows [total, channels]: how many channels there may be, and that a gradient fits its rows.
+void check_channels(const Argument&, int64_t channels);
+void check_gradient_of_rows(const Argument& gradient, const Argument& rows);
+
+// A pool of states is updated in place, so it cannot be copied: it must be contiguous.
+void check_pool(const Argument&, int64_t dims, const char* layout);
+// Which slot of the pool each sequence has: int32 [sequences], or none, where sequence i has slot i. What is in it,
+// where validates() says so: negative, or one of the slots that no other sequence has.
+void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences);
+
+// Data of an optional tensor, nullptr where there is none; and the tensor made contiguous in place.
+const void* data_of(const OptionalTensor&);
+void make_contiguous(OptionalTensor&);
+
+// t if a kernel can read its rows, [total, width] or [total, heads, dim], in place: the last dimension contiguous, rows
+// at multiples of `alignment` bytes. Else a contiguous copy.
+Tensor readable(const Tensor& t, int64_t alignment = 1);
 Packed packed_of(const Tensor&);
+Rows rows_of(const Tensor&);
 
 }  // namespace packseq

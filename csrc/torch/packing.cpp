@@ -14,8 +14,6 @@
 namespace packseq {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
-
 constexpr int64_t kRowsMost = std::numeric_limits<int32_t>::max();  // boundaries are int32
 
 // Bytes of one row, where a row has the dimensions from `first` on.
@@ -71,7 +69,7 @@ int64_t check_capacity(const PaddedShape& shape, std::optional<int64_t> capacity
 void run(const Pack& call, const Tensor&, const Cpu& backend) { pack(call, Executor(backend)); }
 #if PACKSEQ_HAS_CUDA
 void run(Pack call, const Tensor& like, const Cuda& backend) {
-  const Tensor space = torch::stable::new_empty(like, {int64_t(pack_workspace(call))}, ScalarType::Byte);
+  const Tensor space = workspace(like, pack_workspace(call));
   call.workspace = space.mutable_data_ptr();
   pack(call, backend.stream);
 }

@@ -14,6 +14,52 @@ STABLE_TORCH_LIBRARY(packseq, m) {
       "float softcap, Tensor? alibi_slopes, Tensor? sinks, float? scale)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
 
+  // csrc/torch/scan.cpp; final_states has no rows where they are not returned, gradients are empty where their input is
+  // None
+  m.def(
+      "selective_scan(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor cu_seqlens, Tensor? D=None, "
+      "Tensor? z=None, Tensor? delta_bias=None, Tensor? initial_states=None, bool delta_softplus=False, "
+      "bool reverse=False, bool return_final_states=False)"
+      " -> (Tensor out, Tensor final_states)");
+  m.def(
+      "selective_scan_backward(Tensor dout, Tensor? dfinal_states, Tensor u, Tensor delta, Tensor A, Tensor B, "
+      "Tensor C, Tensor cu_seqlens, Tensor? D, Tensor? z, Tensor? delta_bias, Tensor? initial_states, "
+      "bool delta_softplus, bool reverse)"
+      " -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dD, Tensor dz, Tensor ddelta_bias, "
+      "Tensor dinitial_states)");
+  m.def(
+      "selective_scan_step(Tensor(a!) states, Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, "
+      "Tensor cu_seqlens, Tensor? indices=None, Tensor? D=None, Tensor? z=None, Tensor? delta_bias=None, "
+      "bool delta_softplus=False)"
+      " -> Tensor out");
+
+  // csrc/torch/conv1d.cpp; the same
+  m.def(
+      "causal_conv1d(Tensor x, Tensor weight, Tensor cu_seqlens, Tensor? bias=None, Tensor? initial_states=None, "
+      "bool silu=False, bool reverse=False, bool return_final_states=False)"
+      " -> (Tensor out, Tensor final_states)");
+  m.def(
+      "causal_conv1d_backward(Tensor dout, Tensor? dfinal_states, Tensor x, Tensor weight, Tensor cu_seqlens, "
+      "Tensor? bias, Tensor? initial_states, bool silu, bool reverse)"
+      " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_states)");
+  m.def(
+      "causal_conv1d_step(Tensor(a!) states, Tensor x, Tensor weight, Tensor cu_seqlens, Tensor? bias=None, "
+      "Tensor? indices=None, bool silu=False)"
+      " -> Tensor out");
+
+  // python/packseq/_mamba_inner.py, made of the operators above; x_dbl and y are kept for the backward
+  m.def(
+      "mamba_inner(Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, "
+      "Tensor out_proj_weight, Tensor? out_proj_bias, Tensor A, Tensor? D, Tensor? dt_bias, Tensor cu_seqlens, "
+      "bool reverse=False)"
+      " -> (Tensor out, Tensor x_dbl, Tensor y)");
+  m.def(
+      "mamba_inner_backward(Tensor dout, Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj_weight, "
+      "Tensor dt_proj_weight, Tensor out_proj_weight, Tensor? out_proj_bias, Tensor A, Tensor? D, Tensor? dt_bias, "
+      "Tensor cu_seqlens, bool reverse, Tensor x_dbl, Tensor y)"
+      " -> (Tensor dxz, Tensor dconv_weight, Tensor dconv_bias, Tensor dx_proj_weight, Tensor ddt_proj_weight, "
+      "Tensor dout_proj_weight, Tensor dout_proj_bias, Tensor dA, Tensor dD, Tensor ddt_bias)");
+
   // csrc/torch/packing.cpp; one of mask and lengths is given; places are indices (int64) or cu_seqlens (int32)
   m.def(
       "pack(Tensor padded, Tensor? mask, Tensor? lengths, SymInt? capacity=None)"

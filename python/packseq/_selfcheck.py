@@ -30,7 +30,7 @@ class Check:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         outcome = self.failure or f"error {self.error:.1e} (limit {self.limit:.1e})"
-        return f"{'ok' if self.ok else 'FAILED':8}{self.operator:12}{self.device:8}{dtype:10}{outcome}"
+        return f"{'ok' if self.ok else 'FAILED':8}{self.operator:21}{self.device:8}{dtype:10}{outcome}"
 
 
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -79,6 +79,101 @@ def _check_attention(device: str, dtype: torch.dtype) -> float:
     return _largest_error(operator, _attention_in_float64, inputs, device)
 
 
+def _together(out: Tensor, states: Tensor) -> Tensor:
+    return torch.cat([out.flatten(), states.flatten().to(out.dtype)])
+
+
+def _scan_in_float64(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor, states: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mamba's scan with a gate, token by token: outputs and final states."""
+    outs, finals = [], []
+    tokens = [(u * delta).split(LENGTHS), delta.split(LENGTHS), B.split(LENGTHS), C.split(LENGTHS)]
+    for *sequence, h in zip(*tokens, states, strict=True):
+        for ud_t, d_t, B_t, C_t in zip(*sequence, strict=True):
+            h = torch.exp(d_t[:, None] * A) * h + ud_t[:, None] * B_t
+            outs.append((h * C_t).sum(1))
+        finals.append(h)
+    return torch.stack(outs) * torch.nn.functional.silu(z), torch.stack(finals)
+
+
+def _scan_inputs(dtype: torch.dtype) -> list[Tensor]:
+    total, wide = sum(LENGTHS), torch.float32
+    u, delta, z = (_random(total + i, 20, dtype=dtype)[:total] for i in range(3))
+    B, C = (_random(total + i, 1, 8, dtype=dtype)[:total] for i in range(2))
+    return [u, delta.abs(), -_random(20, 8, dtype=wide).abs(), B, C, z, _random(len(LENGTHS), 20, 8, dtype=wide)]
+
+
+def _check_selective_scan(device: str, dtype: torch.dtype) -> float:
+    def operator(u, delta, A, B, C, z, states):
+        options = {"z": z, "initial_states": states, "return_final_states": True}
+        return _together(*torch.ops.packseq.selective_scan(u, delta, A, B, C, _boundaries(device), **options))
+
+    return _largest_error(operator, lambda *x: _together(*_scan_in_float64(*x)), _scan_inputs(dtype), device)
+
+
+def _check_selective_scan_step(device: str, dtype: torch.dtype) -> float:
+    inputs = _scan_inputs(dtype)
+    u, delta, A, B, C, z, states = (x.to(device, copy=True) for x in inputs)
+    out = torch.ops.packseq.selective_scan_step(states, u, delta, A, B, C, _boundaries(device), z=z)
+    return _error(_together(out, states), _together(*_scan_in_float64(*(x.double() for x in inputs))))
+
+
+def _conv1d_in_float64(x: Tensor, weight: Tensor, bias: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+    """With silu: outputs and final states."""
+    outs, finals = [], []
+    for x_i, state in zip(x.split(LENGTHS), states, strict=True):
+        values = torch.cat([state.t(), x_i])
+        pre = sum(weight[:, k] * values[k : k + len(x_i)] for k in range(weight.shape[1]))
+        outs.append(torch.nn.functional.silu(pre + bias))
+        finals.append(values[len(x_i) :].t())
+    return torch.cat(outs), torch.stack(finals)
+
+
+def _conv1d_inputs(dtype: torch.dtype) -> list[Tensor]:
+    weight, bias = (_random(*shape, dtype=torch.float32) for shape in ((20, 4), (20,)))
+    return [_random(sum(LENGTHS), 20, dtype=dtype), weight, bias, _random(len(LENGTHS), 20, 3, dtype=dtype)]
+
+
+def _check_causal_conv1d(device: str, dtype: torch.dtype) -> float:
+    def operator(x, weight, bias, states):
+        options = {"silu": True, "return_final_states": True}
+        return _together(*torch.ops.packseq.causal_conv1d(x, weight, _boundaries(device), bias, states, **options))
+
+    return _largest_error(operator, lambda *x: _together(*_conv1d_in_float64(*x)), _conv1d_inputs(dtype), device)
+
+
+def _check_causal_conv1d_step(device: str, dtype: torch.dtype) -> float:
+    inputs = _conv1d_inputs(dtype)
+    x, weight, bias, states = (x.to(device, copy=True) for x in inputs)
+    out = torch.ops.packseq.causal_conv1d_step(states, x, weight, _boundaries(device), bias, silu=True)
+    return _error(_together(out, states), _together(*_conv1d_in_float64(*(x.double() for x in inputs))))
+
+
+def _check_mamba_inner(device: str, dtype: torch.dtype) -> float:
+    channels, states, rank, wide = 20, 8, 3, torch.float32
+
+    def operator(xz, conv_weight, conv_bias, x_proj, dt_proj, out_proj, A):
+        tensors = (xz, conv_weight, conv_bias, x_proj, dt_proj, out_proj, None, A, None, None)
+        return torch.ops.packseq.mamba_inner(*tensors, _boundaries(device))[0]
+
+    def exactly(xz, conv_weight, conv_bias, x_proj, dt_proj, out_proj, A):
+        x, z = xz.chunk(2, 1)
+        u, _ = _conv1d_in_float64(x, conv_weight, conv_bias, x.new_zeros(len(LENGTHS), channels, 3))
+        dt, B, C = (u @ x_proj.t()).split([rank, states, states], 1)
+        delta = torch.nn.functional.softplus(dt @ dt_proj.t())
+        none = x.new_zeros(len(LENGTHS), channels, states)
+        y, _ = _scan_in_float64(u, delta, A, B[:, None], C[:, None], z, none)
+        return y @ out_proj.t()
+
+    shapes = [(sum(LENGTHS), 2 * channels), (rank + 2 * states, channels), (channels, rank), (10, channels)]
+    xz, x_proj, dt_proj, out_proj = (_random(*shape, dtype=dtype) for shape in shapes)
+    A = -_random(channels, states, dtype=wide).abs()
+    conv_weight, conv_bias = _random(channels, 4, dtype=wide), _random(channels, dtype=wide)
+    inputs = [xz, conv_weight, conv_bias, x_proj / 4, dt_proj, out_proj, A]  # a power of two: still exact
+    return _largest_error(operator, exactly, inputs, device)
+
+
 def _left_padding() -> Tensor:
     longest = max(LENGTHS)
     return torch.arange(longest) >= longest - torch.tensor(LENGTHS)[:, None]
@@ -111,6 +206,11 @@ def _check_unpack(device: str, dtype: torch.dtype) -> float:
 # Operator -> its check. Every forward operator of torch.ops.packseq has one; a test counts them.
 CHECKS: dict[str, Callable[[str, torch.dtype], float]] = {
     "attention": _check_attention,
+    "selective_scan": _check_selective_scan,
+    "selective_scan_step": _check_selective_scan_step,
+    "mamba_inner": _check_mamba_inner,
+    "causal_conv1d": _check_causal_conv1d,
+    "causal_conv1d_step": _check_causal_conv1d_step,
     "pack": _check_pack,
     "unpack": _check_unpack,
 }

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ._registration import register_autocast, register_gradient
+
 _ALIBI_SLOPES, _SINKS = 10, 11  # their places among the operator's arguments
 
 
@@ -127,29 +129,5 @@ def _backward(ctx, dout, dlse):
     return tuple(grads)
 
 
-def _no_second_derivative(ctx, *grads):
-    raise NotImplementedError("attention: second derivatives are not implemented (its backward was differentiated)")
-
-
-torch.library.register_autograd("packseq::attention", _backward, setup_context=_save)
-torch.library.register_autograd("packseq::attention_backward", _no_second_derivative)
-
-_library = torch.library.Library("packseq", "IMPL")  # registrations last as long as it does
-
-
-def _register_autocast(device: str, key: str) -> None:
-    # torch.library.register_autocast would cast alibi_slopes and sinks too, which stay float32.
-    autocast = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-
-    def cast(x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device))
-
-    def attention(q, k, v, *rest):
-        with torch._C._ExcludeDispatchKeyGuard(autocast):
-            return torch.ops.packseq.attention(cast(q), cast(k), cast(v), *rest)
-
-    _library.impl("attention", attention, key)
-
-
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_gradient("attention", _backward, _save)
+register_autocast("attention", lambda cast, q, k, v, *rest: (cast(q), cast(k), cast(v), *rest))

@@ -1,13 +1,12 @@
 """Hugging Face's BERT weights, from wherever they are, into a BertEncoder."""
 
-import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .bert import BertConfig
+from .weights import check, config_mapping, read
 
 # Our module -> theirs. Where there are several, ours holds theirs one after another.
 _EMBEDDINGS = {
@@ -33,50 +32,25 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 def load(
     encoder_class: type, source: object, config: object, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    weights, found_config = _read(source)
-    if config is None:
-        config = found_config
-    if config is None:
-        raise ValueError("BertEncoder: these weights come without a config: pass config=, a dict as in config.json")
-    config = _as_config(config)
+    weights, found_config = read("BertEncoder", source)
+    config = found_config if config is None else config
+    if not isinstance(config, BertConfig):
+        config = BertConfig.from_huggingface(config_mapping("BertEncoder", "BertConfig", config))
     weights = _plain_names(weights)
     words = _embedding(weights)
     with torch.device("meta"):  # no time for random weights that go at once
         encoder = encoder_class(config, pooler=any(name.startswith(_POOLER) for name in weights))
     encoder = encoder.to(dtype or words.dtype).to_empty(device=device or words.device)
-    _copy(encoder, weights)
+    with torch.no_grad():
+        parts = {
+            name: part
+            for parameter, names in _sources(encoder)
+            for name, part in zip(names, parameter.chunk(len(names)), strict=True)
+        }
+        check("BertEncoder", "BERT's", {name: part.shape for name, part in parts.items()}, weights, _NO_WEIGHTS)
+        for name, part in parts.items():
+            part.copy_(weights[name])
     return encoder.eval()
-
-
-def _read(source: object) -> tuple[Mapping[str, Tensor], object]:
-    """The weights, and a configuration where the source has one."""
-    if isinstance(source, Mapping):
-        return source, None
-    if isinstance(source, nn.Module):
-        return source.state_dict(), getattr(source, "config", None)
-    path = Path(source)
-    if not path.exists():
-        raise ValueError(f"BertEncoder: there is no {path}")
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.exists() or file.suffix != ".safetensors":
-        there = sorted(x.name for x in path.iterdir()) if path.is_dir() else [path.name]
-        raise ValueError(f"BertEncoder: {path} must be, or hold, a model.safetensors; found {there}")
-    try:
-        from safetensors.torch import load_file
-    except ModuleNotFoundError:
-        raise ImportError("BertEncoder: reading .safetensors needs the package safetensors: pip install it") from None
-    config = file.with_name("config.json")
-    return load_file(file), json.loads(config.read_text()) if config.exists() else None
-
-
-def _as_config(config: object) -> BertConfig:
-    if isinstance(config, BertConfig):
-        return config
-    if hasattr(config, "to_dict"):
-        config = config.to_dict()
-    if not isinstance(config, Mapping):
-        raise ValueError(f"BertEncoder: config must be a dict as in config.json, or a BertConfig, got {type(config)}")
-    return BertConfig.from_huggingface(config)
 
 
 def _plain_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -110,29 +84,3 @@ def _sources(encoder: nn.Module) -> Iterator[tuple[Tensor, list[str]]]:
     for name, parameter in encoder.named_parameters():
         module, kind = name.rsplit(".", 1)
         yield parameter, [f"{theirs}.{kind}" for theirs in modules[module]]
-
-
-@torch.no_grad()
-def _copy(encoder: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    parts = [
-        (name, part)
-        for parameter, names in _sources(encoder)
-        for name, part in zip(names, parameter.chunk(len(names)), strict=True)
-    ]
-    missing = [name for name, _ in parts if name not in weights]
-    unexpected = sorted(weights.keys() - {name for name, _ in parts} - _NO_WEIGHTS)
-    shapes = [
-        f"{name} is {tuple(weights[name].shape)} and must be {tuple(part.shape)}"
-        for name, part in parts
-        if name in weights and weights[name].shape != part.shape
-    ]
-    for problem, names in (
-        ("lack", missing),
-        ("are not all BERT's:", unexpected),
-        ("do not fit:", shapes),
-    ):
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ValueError(f"BertEncoder: the weights {problem} {', '.join(names[:5])}{more}")
-    for name, part in parts:
-        part.copy_(weights[name])
