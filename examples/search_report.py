@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,17 +25,17 @@ class Bar:
     packed: bool
 
 
-def progress(items: Iterable[T], label: str, total: int) -> Iterator[T]:
-    """Yields the items, with a bar on a terminal and a line every ten seconds elsewhere."""
+def progress(items: Iterable[T], label: str, total: int, note: Callable[[], str] = str) -> Iterator[T]:
+    """Yields the items, with a bar on a terminal and a line every ten seconds elsewhere; the note stands at its end."""
     terminal, start, shown = sys.stderr.isatty(), time.monotonic(), time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
         if terminal and (now - shown > 0.1 or done == 0):
             bar = "█" * (30 * done // total)
-            print(f"\r  {label:24} {bar:░<30} {done}/{total}", end="", file=sys.stderr, flush=True)
+            print(f"\r  {label:24} {bar:░<30} {done}/{total} {note()}", end="", file=sys.stderr, flush=True)
             shown = now
         elif not terminal and now - shown > 10:
-            print(f"  {label}: {done}/{total}, {now - start:.0f} s", file=sys.stderr, flush=True)
+            print(f"  {label}: {done}/{total}, {now - start:.0f} s {note()}", file=sys.stderr, flush=True)
             shown = now
         yield item
     if terminal:

@@ -1,0 +1,43 @@
+"""How the training example shows what it learned: the loss curve."""
+
+from pathlib import Path
+
+from search_report import COLOUR, GREY, INK
+
+
+def smoothed(values: list[float], share: float = 0.02) -> list[float]:
+    """A running mean in which the last ``share`` of all values counts most."""
+    keep, mean, weight, out = 1 - 1 / max(1.0, share * len(values)), 0.0, 0.0, []
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return out
+
+
+def save_plot(path: Path, losses: list[float], held_out: list[tuple[int, float]], title: str) -> None:
+    """Bits a byte over the steps: of each batch, their running mean, and of the documents that are not trained on."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plt.rcParams.update({"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY})
+    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color=GREY, linewidth=0.7, label="each batch")
+    axes.plot(steps, smoothed(losses), color=COLOUR, linewidth=1.8, label="running mean")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o", color=INK, markersize=5, label="held out")
+        axes.annotate(f" {held_out[-1][1]:.2f}", held_out[-1], textcoords="offset points", xytext=(4, 6), color=INK)
+    axes.set_xlabel("step")
+    axes.set_ylabel("bits a byte")
+    axes.set_ylim(0, 8.2)
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(axis="y", color=GREY, alpha=0.35)
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
