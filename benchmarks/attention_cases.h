@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "case_lengths.h"
 #include "case_tables.h"
 
 namespace packseq::bench {
@@ -37,16 +38,6 @@ struct Case {
     return double(total()) * heads * ((backward ? 8.0 : 4.0) * dim * double(element) + sizeof(float));
   }
 };
-
-inline std::vector<int> parse_lengths(std::istream& words) {
-  std::vector<int> lengths;
-  for (std::string word; words >> word;) {
-    const size_t star = word.find('*');
-    const int times = star == std::string::npos ? 1 : std::stoi(word.substr(star + 1));
-    lengths.insert(lengths.end(), size_t(times), std::stoi(word));
-  }
-  return lengths;
-}
 
 inline std::vector<Case> attention_cases(const std::string& suite) {
   std::vector<Case> shapes, cases;
