@@ -4,17 +4,12 @@
 #include <cstdint>
 
 #include "attention/mask.h"
+#include "core/device/exp2.cuh"
 
 namespace packseq {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // tanh to a relative 2e-6, which half types do not notice; the hardware's tanh.approx is good to 2^-11 only.
 __device__ __forceinline__ float tanh_accurate(float x) {

@@ -18,7 +18,7 @@ struct Conv1dBackwardParams {
 
 // The derivative of silu.
 __device__ inline float silu_slope(float x) {
-  const float s = conv_sigmoid(x);
+  const float s = sigmoid(x);
   return s * fmaf(x, 1.f - s, 1.f);
 }
 

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 32 ? kBlocks : 1
       for (int v = 0; v < kVec; ++v) y[v] = taps.apply(window, v);
       if (p.silu) {
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) y[v] *= conv_sigmoid(y[v]);
+        for (int v = 0; v < kVec; ++v) y[v] *= sigmoid(y[v]);
       }
       const Vector result = q >= cursor.start ? Vector::narrow(y) : Vector::zero();
       if (q < run.count) result.store(out);

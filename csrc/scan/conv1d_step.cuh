@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kConvThreads) conv1d_step_kernel(const __grid_
 #pragma unroll
         for (int v = 0; v < kVec; ++v) {
           y[v] = taps.apply(window, v);
-          if (p.silu) y[v] *= conv_sigmoid(y[v]);
+          if (p.silu) y[v] *= sigmoid(y[v]);
         }
         result = Vector::narrow(y);
         advance<kVec, kWidth>(window);

@@ -9,6 +9,7 @@
 
 #include <type_traits>
 
+#include "core/device/exp2.cuh"
 #include "scan/conv1d.h"
 #include "scan/conv1d_grid.h"
 
@@ -81,14 +82,6 @@ __device__ void load_floats(const float* p, float* x) {
   constexpr int vec = !kAligned ? 1 : kCount % 4 == 0 ? 4 : kCount % 2 == 0 ? 2 : 1;
 #pragma unroll
   for (int i = 0; i < kCount; i += vec) ConvVector<float, vec>::load_constant(p + i).widen(x + i);
-}
-
-// 1 / (1 + exp(-x)) by the special functions: an ulp or two.
-__device__ inline float conv_sigmoid(float x) {
-  float power, result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.f + power));
-  return result;
 }
 
 template <int kVec, int kWidth>

@@ -110,8 +110,6 @@ __device__ __forceinline__ Softplus softplus(float x, float threshold) {
   return y;
 }
 
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-x * kScanLog2e)); }
-
 // ---- Elements ------------------------------------------------------------------------------------------------------
 
 template <class T, int kCount>

@@ -145,13 +145,9 @@ class Column {
     } else if constexpr (!M::kAny && kBytes == 4) {
       copy_async_4(shared_place(place), row_, there);
     } else {
+      static_assert(M::kAny && M::kC == 1);
       Values v = {};
-      if constexpr (M::kAny) {
-        static_assert(M::kC == 1);
-        if (there) v.word[0] = __float_as_uint(Item::load(row_, dtype_));
-      } else {
-        load_guarded<kBytes>(v.word, row_, there);
-      }
+      if (there) v.word[0] = __float_as_uint(Item::load(row_, dtype_));
       place = v;
     }
     row_ += step_;

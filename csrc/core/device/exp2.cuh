@@ -17,4 +17,7 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+// 1 / (1 + exp(-x)), to a few ulps.
+__device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(-x * 1.44269504089f)); }
+
 }  // namespace packseq

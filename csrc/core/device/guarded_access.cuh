@@ -4,29 +4,7 @@
 
 namespace packseq {
 
-// kBytes bytes (2, 4 or 8) of memory that nobody writes meanwhile, in the low bits of words; zeros, and no access,
-// where `valid` is false.
-template <int kBytes>
-__device__ __forceinline__ void load_guarded(uint32_t (&word)[(kBytes + 3) / 4], const void* p, bool valid) {
-  if constexpr (kBytes == 2) {
-    uint16_t x;
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u16 %0, 0; @p ld.global.nc.u16 %0, [%1];}"
-                 : "=h"(x)
-                 : "l"(p), "r"(uint32_t(valid)));
-    word[0] = x;
-  } else if constexpr (kBytes == 4) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.nc.u32 %0, [%1];}"
-                 : "=r"(word[0])
-                 : "l"(p), "r"(uint32_t(valid)));
-  } else {
-    static_assert(kBytes == 8);
-    asm volatile(
-        "{.reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p ld.global.nc.v2.u32 {%0, %1}, [%2];}"
-        : "=r"(word[0]), "=r"(word[1])
-        : "l"(p), "r"(uint32_t(valid)));
-  }
-}
-
+// kBytes is 2, 4 or 8, in the low bits of words; no access where `valid` is false.
 template <int kBytes>
 __device__ __forceinline__ void store_guarded(void* p, const uint32_t (&word)[(kBytes + 3) / 4], bool valid) {
   if constexpr (kBytes == 2) {
