@@ -4,7 +4,7 @@ torch would do it in any dtype, whose error is the measure of ours. Their gradie
 Parameters may have a copy for every row, as [total, ...]: their gradients are the terms of the shared ones' sums.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -66,11 +66,11 @@ def selective_scan(
     delta_softplus: bool = False,
     initial_states: Tensor | None = None,
     reverse: bool = False,
-    decay_error: float = 0.0,
+    decay_error: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Packed: the sequences one after another, then slack rows, which come back as zeros. Out and final states.
 
-    decay_error: relative, of every decay, to see what it does.
+    decay_error: gives the relative error of every decay, to see what it does.
     """
     channels, states = A.shape[-2:]
     dtype = u.dtype
@@ -91,7 +91,8 @@ def selective_scan(
             continue
         d = delta[rows] if delta_bias is None else delta[rows] + of_rows(delta_bias, 1, rows)
         d = softplus(d) if delta_softplus else d
-        decay = torch.exp(d[..., None] * of_rows(A, 2, rows)) * (1 + decay_error)
+        decay = torch.exp(d[..., None] * of_rows(A, 2, rows))
+        decay = decay if decay_error is None else decay * (1 + decay_error(decay.detach()))
         pushed = (d * u[rows])[..., None] * rows_of(B, rows)
         if reverse:
             decay, pushed = decay.flip(0), pushed.flip(0)

@@ -248,8 +248,8 @@ def test_mamba_inner(variable_B, variable_C, wtype, device):
         plain, ours = results[1][name], results[2][name]
         if exact.is_complex():
             exact, plain, ours = map(torch.view_as_real, (exact, plain, ours))
-        # A GPU's special-function unit gives decays to 2^-22.5 each; a few of them multiply before they are forgotten.
-        assert_accurate(name, ours, exact, plain, relative=4 * 2**-22.5 if device == "cuda" else 0.0)
+        # A GPU's special-function unit gives decays to 2^-22.5 each, and dA sums products of many.
+        assert_accurate(name, ours, exact, plain, relative=16 * 2**-22.5 if device == "cuda" else 0.0)
 
 
 def plain_inner(

@@ -1,5 +1,7 @@
 // The selective scan's forward: a block walks one segment of a sequence for its channels.
 #pragma once
+#include <algorithm>
+
 #include "core/launch.h"
 #include "scan/scan_fill.cuh"
 #include "scan/scan_ties.cuh"
@@ -51,9 +53,12 @@ __global__ void __launch_bounds__(kScanThreads, std::is_same_v<typename Mapping:
 
 template <class Mapping>
 void launch_scan_forward(const ScanForward& call, const ScanGrid& grid, const SegmentTies& ties, cudaStream_t stream) {
-  tie_states<Mapping>(call.problem, grid, ties, stream);
+  const ScanProblem& p = call.problem;
+  tie_states<Mapping>(p, grid, ties, stream);
+  const int64_t segments = std::max(p.sequences, p.total / kSegmentRows);  // about
   launch("scan forward", scan_forward_kernel<Mapping>, grid.blocks() + kFillBlocks, kScanThreads,
-         sizeof(WalkShared<ScanMapping<Mapping>>), stream, {.call = call, .grid = grid, .ties = ties});
+         shared_for_even_load("scan forward", sizeof(WalkShared<ScanMapping<Mapping>>), segments * grid.channel_blocks),
+         stream, {.call = call, .grid = grid, .ties = ties});
 }
 
 }  // namespace packseq

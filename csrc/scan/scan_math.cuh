@@ -15,17 +15,27 @@ namespace packseq {
 inline constexpr float kScanLog2e = 1.44269504089f, kScanLn2 = 0.69314718056f;
 
 // ---- State arithmetic ----------------------------------------------------------------------------------------------
-// A state's A is held in the units that decay() takes: of log 2, and of half turns.
+// A state's A is held in the units that decay() takes: of log 2 where it is real, as it is where it is complex.
 
 __device__ __forceinline__ float to_exponent(float A) { return A * kScanLog2e; }
-__device__ __forceinline__ Complex to_exponent(Complex A) { return {A.re * kScanLog2e, A.im * 0.318309886184f}; }
+__device__ __forceinline__ Complex to_exponent(Complex A) { return A; }
+
+// exp(x), with the rounding error of x log2(e) put right, which for large |x| would be the result's.
+__device__ __forceinline__ float exp_exact(float x) {
+  const float t = x * kScanLog2e, e = exp2_approx(t);
+  const float rest = fmaf(x, 1.9259629911e-8f, fmaf(x, kScanLog2e, -t));    // log2(e) in two parts
+  return select(e > 0.0f && e < INFINITY, fmaf(e, rest * kScanLn2, e), e);  // where t is infinite, rest is NaN
+}
 
 // exp(d A)
 __device__ __forceinline__ float decay(float d, float A) { return exp2_approx(d * A); }
 __device__ __forceinline__ Complex decay(float d, Complex A) {
-  const float size = exp2_approx(d * A.re);
+  // The phase in half turns, less whole turns, with its rounding error put right: exact products, 1 / pi in two parts.
+  const float phase = d * A.im, turns = phase * 0.318309886184f;
+  const float rest = fmaf(phase, 1.28412767e-8f, fmaf(phase, 0.318309886184f, -turns));
   float sine, cosine;
-  sincospif(d * A.im, &sine, &cosine);
+  sincospif(fmaf(-2.0f, rintf(0.5f * turns), turns) + rest, &sine, &cosine);
+  const float size = exp_exact(d * A.re);
   return {size * cosine, size * sine};
 }
 
@@ -63,7 +73,7 @@ __device__ __forceinline__ float add_conjugate_product(Complex a, Complex b, flo
 // The real part of x conj(A) / ln 2 plus c, where A is in decay()'s units.
 __device__ __forceinline__ float add_exponent_product(float x, float A, float c) { return fmaf(x, A, c); }
 __device__ __forceinline__ float add_exponent_product(Complex x, Complex A, float c) {
-  return fmaf(x.re, A.re, fmaf(x.im * 4.53236014183f, A.im, c));  // pi / ln 2
+  return fmaf(x.re * kScanLog2e, A.re, fmaf(x.im * kScanLog2e, A.im, c));
 }
 
 // y is twice the real part of a sum of C h where states are complex: C is doubled as it is read.
@@ -74,13 +84,10 @@ inline constexpr float kOutputFactor<Complex> = 2.0f;
 
 // ---- Functions of one channel of one token -------------------------------------------------------------------------
 
-// exp(-|x|). Where `exact`, the product with log2(e) keeps its rounding error, which for large |x| is the result's.
+// exp(-|x|), exactly or by one special function.
 template <bool kExact>
 __device__ __forceinline__ float exp_minus(float x) {
-  const float t = -fabsf(x) * kScanLog2e, e = exp2_approx(t);
-  if constexpr (!kExact) return e;
-  const float rest = fmaf(-fabsf(x), 1.9259629911e-8f, fmaf(-fabsf(x), kScanLog2e, -t));  // log2(e) in two parts
-  return select(e > 0.0f, fmaf(e, rest * kScanLn2, e), e);                                // rest of infinity is NaN
+  return kExact ? exp_exact(-fabsf(x)) : exp2_approx(-fabsf(x) * kScanLog2e);
 }
 
 struct Softplus {

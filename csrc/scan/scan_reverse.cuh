@@ -5,17 +5,25 @@
 //   G = g conj(C) + G'    dC += g conj(h)    dB += d u G    d(d u) += conj(B) G
 //   G' = conj(a) G        x = G' conj(h before)             dA += d x        d(d) += conj(A) x
 //
-// Sums over states are sums over lanes. dB and dC are sums over channels: over a warp's lanes, then over the block's
-// warps in their order; each block writes its share, and sum_matrices_kernel adds the shares up.
+// Sums over states are sums over lanes. dB and dC are sums over channels: every thread leaves its terms of a chunk in
+// shared memory, where they are added up in the order of the channels, which takes fewer instructions than shuffles;
+// each block writes its share, and sum_matrices_kernel adds the shares up.
 #pragma once
 #include "scan/scan_walk.cuh"
 
 namespace packseq {
 
+// The terms of dB, then dC, of every thread that has states of its own, for each token of a chunk. The padding puts
+// neighbouring channels into other banks.
+template <class M>
+using ChannelTerms =
+    typename M::X[kScanWarps * M::Channels::kCount][M::kChunk * 2 * M::kN + 32 / sizeof(typename M::X)];
+
 template <class M>
 struct alignas(16) ReverseShared {
   using X = typename M::X;
   typename MatrixTiles<M, M::kChunk>::Buffer matrices[2];
+  typename MatrixTiles<M, M::kChunk>::Stage matrix_stage;
   float2 steps[kScanWarps][M::kChunk][M::kWarpChannels];  // d, d u
   float g[kScanWarps][M::kChunk][M::kWarpChannels];
   struct Inputs {
@@ -23,8 +31,8 @@ struct alignas(16) ReverseShared {
   };
   Inputs inputs[2][M::kChunk / M::kGroup][kScanThreads];
   typename Checkpoints<M>::Slot start;  // the state before the next chunk
-  static constexpr int kSumBuffers = M::kN > 16 ? 1 : 2;
-  X sums[kSumBuffers][kScanWarps][M::kChunk][2][M::kN];  // of dB and dC over a warp's channels
+  static constexpr int kTermBuffers = M::kN > 16 ? 1 : 2;
+  ChannelTerms<M> terms[kTermBuffers];  // of dB and dC
 };
 
 // A thread's shares of gradients that belong to no token.
@@ -41,45 +49,14 @@ struct ReverseTargets {
   typename M::X* matrices;  // the block's shares of dB and dC: [total, groups, 2, kN], nullptr where both are constant
 };
 
-// v[2 kS], dB then dC of this thread's states, summed over the warp's channels into [2][kN].
-template <class M>
-__device__ __forceinline__ void sum_over_channels(float (&v)[2 * M::kS], float* to, int stride, const Position<M>& at) {
-  sum_over_lanes<typename M::Channels>(v);
-  constexpr int kLeft = 2 * M::kS / M::Channels::kCount;
-  static_assert(kLeft >= 1);
-#pragma unroll
-  for (int i = 0; i < kLeft; ++i) {
-    const int q = M::Channels::index() * kLeft + i;
-    to[(q / M::kS * M::kN + at.state + q % M::kS) * stride] = v[i];
-  }
-}
-template <class M>
-__device__ __forceinline__ void sum_over_channels(float (&dB)[M::kS], float (&dC)[M::kS], float* to,
-                                                  const Position<M>& at) {
-  float v[2 * M::kS];
-#pragma unroll
-  for (int j = 0; j < M::kS; ++j) v[j] = dB[j], v[M::kS + j] = dC[j];
-  sum_over_channels<M>(v, to, 1, at);
-}
-template <class M>
-__device__ __forceinline__ void sum_over_channels(Complex (&dB)[M::kS], Complex (&dC)[M::kS], Complex* to,
-                                                  const Position<M>& at) {
-  float re[2 * M::kS], im[2 * M::kS];
-#pragma unroll
-  for (int j = 0; j < M::kS; ++j) {
-    re[j] = dB[j].re, re[M::kS + j] = dC[j].re;
-    im[j] = dB[j].im, im[M::kS + j] = dC[j].im;
-  }
-  sum_over_channels<M>(re, &to->re, 2, at);
-  sum_over_channels<M>(im, &to->im, 2, at);
-}
-
-// Adds the warps' sums of a chunk up and stores them.
+// Adds the terms of a chunk up and stores the sums.
 template <class M>
 class MatrixShares {
   using X = typename M::X;
-  static constexpr int kRun = 16 / sizeof(X), kOfToken = 2 * M::kN / kRun, kRuns = M::kChunk * kOfToken;
-  static constexpr int kEach = (kRuns + kScanThreads - 1) / kScanThreads;
+  static constexpr int kItems = M::kChunk * 2 * M::kN, kWidest = 16 / sizeof(X);
+  static constexpr int kRun = kItems / kScanThreads < kWidest ? kItems / kScanThreads : kWidest;
+  static constexpr int kEach = kItems / (kRun * kScanThreads);
+  static_assert(kEach * kRun * kScanThreads == kItems);
   using Run = Few<X, kRun>;
 
  public:
@@ -88,15 +65,14 @@ class MatrixShares {
       : row_(int64_t(walk.direction) * p.groups * (2 * M::kN)),
         at_(data + (walk.row(first) * p.groups + group) * (2 * M::kN)) {}
 
-  __device__ void store(const X (&sums)[kScanWarps][M::kChunk][2][M::kN], int first, int count) {
+  __device__ void store(const ChannelTerms<M>& terms, int first, int count) {
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int item = i * kScanThreads + threadIdx.x, t = item / kOfToken, n = item % kOfToken * kRun;
-      if (kEach * kScanThreads != kRuns && item >= kRuns) break;
-      Run sum = reinterpret_cast<const Run&>((&sums[0][t][0][0])[n]);
+      const int item = (i * kScanThreads + threadIdx.x) * kRun, t = item / (2 * M::kN), n = item % (2 * M::kN);
+      Run sum = {};
 #pragma unroll
-      for (int w = 1; w < kScanWarps; ++w) {
-        const Run more = reinterpret_cast<const Run&>((&sums[w][t][0][0])[n]);
+      for (const auto& of_channels : terms) {
+        const Run more = *reinterpret_cast<const Run*>(&of_channels[item]);
 #pragma unroll
         for (int k = 0; k < kRun; ++k) sum.x[k] = multiply_add(1.0f, more.x[k], sum.x[k]);
       }
@@ -144,18 +120,19 @@ __device__ __forceinline__ void walk_gradients(const ScanProblem& p, const Rows&
 
   __syncthreads();  // whoever used the shared memory before is done
   MatrixTiles<M, kChunk> matrices(p, at.group, walk, grid.aligned_matrices, (chunks - 1) * kChunk, -1);
-  matrices.fetch();
+  matrices.fetch(shared.matrix_stage);
   MatrixShares<M> shares(to.matrices, p, at.group, walk, (chunks - 1) * kChunk);
   X start[kC][kS];
   fetch(chunks - 1);
   checkpoints.fetch(chunks - 1, shared.start);
-  matrices.put(shared.matrices[(chunks - 1) % 2]);
   checkpoints.read(shared.start, start);
+  matrices.put(shared.matrix_stage, shared.matrices[(chunks - 1) % 2]);
   __syncthreads();
 
   for (int chunk = chunks - 1; chunk >= 0; --chunk) {
     const auto& matrix = shared.matrices[chunk % 2].matrix;
-    auto& sums_of_warps = shared.sums[chunk % ReverseShared<M>::kSumBuffers];
+    auto& terms = shared.terms[chunk % ReverseShared<M>::kTermBuffers];
+    X* const own_terms = terms[at.warp * M::Channels::kCount + M::Channels::index()] + at.state;
     float d[kGroups][kC], slope[kGroups][kC], g[kGroups][kC], gate_slope[kGroups][kC];  // of the lane's tokens
 #pragma unroll
     for (int q = 0; q < kGroups; ++q) {
@@ -183,7 +160,7 @@ __device__ __forceinline__ void walk_gradients(const ScanProblem& p, const Rows&
     }
     __syncwarp();
     if (chunk > 0) {
-      matrices.fetch();
+      matrices.fetch(shared.matrix_stage);
       fetch(chunk - 1);
       checkpoints.fetch(chunk - 1, shared.start);
     }
@@ -245,7 +222,11 @@ __device__ __forceinline__ void walk_gradients(const ScanProblem& p, const Rows&
             sums.C[0][j] = multiply_add(1.0f, dC[j], sums.C[0][j]);
           }
         }
-        sum_over_channels<M>(dB, dC, &sums_of_warps[at.warp][t][0][0], at);
+        Few<X, kS> of_B, of_C;
+#pragma unroll
+        for (int j = 0; j < kS; ++j) of_B.x[j] = dB[j], of_C.x[j] = dC[j];
+        *reinterpret_cast<Few<X, kS>*>(own_terms + (2 * t) * M::kN) = of_B;
+        *reinterpret_cast<Few<X, kS>*>(own_terms + (2 * t + 1) * M::kN) = of_C;
       }
       const int group = chunk * kGroups + q;
       const auto u_of = shared.inputs[chunk % 2][q][threadIdx.x].u;
@@ -268,12 +249,12 @@ __device__ __forceinline__ void walk_gradients(const ScanProblem& p, const Rows&
     }
 
     if (chunk > 0) {
-      matrices.put(shared.matrices[(chunk - 1) % 2]);
       checkpoints.read(shared.start, start);
+      matrices.put(shared.matrix_stage, shared.matrices[(chunk - 1) % 2]);
     }
     __syncthreads();
-    if (to.matrices) shares.store(sums_of_warps, chunk * kChunk, walk.count);
-    if (ReverseShared<M>::kSumBuffers == 1) __syncthreads();
+    if (to.matrices) shares.store(terms, chunk * kChunk, walk.count);
+    if (ReverseShared<M>::kTermBuffers == 1) __syncthreads();
   }
 }
 

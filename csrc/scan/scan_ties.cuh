@@ -97,7 +97,10 @@ void tie_segments(const TieParams& params, cudaStream_t stream) {
   const ScanGrid& grid = params.grid;
   if (grid.split_places == 0) return;
   launch("scan: segments", walk_segments_kernel<Mapping, kFor>, int64_t(grid.split_places) * grid.channel_blocks,
-         kScanThreads, sizeof(WalkShared<ScanMapping<Mapping>>), stream, params);
+         kScanThreads,
+         shared_for_even_load("scan: segments", sizeof(WalkShared<ScanMapping<Mapping>>),
+                              params.problem.total / kSegmentRows * grid.channel_blocks),
+         stream, params);
   const int64_t states = int64_t(params.problem.channels) * params.problem.states;
   launch("scan: tying segments", combine_segments_kernel<typename Mapping::X, kFor == Walking::gradient>,
          grid.split_places * ((states + kCombineThreads - 1) / kCombineThreads), kCombineThreads, 0, stream, params);

@@ -183,8 +183,8 @@ class Column {
 
 // ---- B and C -------------------------------------------------------------------------------------------------------
 
-// One thread's share of B and C of tiles of kRows tokens: fetched into registers ahead of their use, then put into
-// shared memory as states. Tokens and states beyond the last are zeros.
+// One thread's share of B and C of tiles of kRows tokens: fetched as they are ahead of their use, into the thread's
+// place in shared memory, then put where all threads read them, as states. Tokens and states beyond the last are zeros.
 template <class M, int kRows>
 class MatrixTiles {
   using X = typename M::X;
@@ -212,33 +212,39 @@ class MatrixTiles {
     }
   }
 
-  __device__ void fetch() {
+  // They are there when the copies committed behind it are.
+  using Stage = Run[kRuns][kScanThreads];
+  __device__ void fetch(Stage& stage) {
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
       const Place at = place(i);
-      held_[i] = {};
-      if (first_ + at.row < count_ && from_[i]) {
-        if (!M::kAny && wide_) {
-          held_[i] = *reinterpret_cast<const Run*>(from_[i]);
-        } else {
+      Run& run = stage[i][threadIdx.x];
+      const bool there = first_ + at.row < count_ && from_[i];
+      if (!M::kAny && wide_) {
+        copy_run(run, from_[i], there);
+      } else {
+        Run loaded = {};
+        if (there) {
 #pragma unroll
           for (int k = 0; k < kRun; ++k) {
-            if (at.state + k < p_.states) held_[i].x[k] = load(from_[i] + k * bytes());
+            if (at.state + k < p_.states) loaded.x[k] = load(from_[i] + k * bytes());
           }
         }
+        run = loaded;
       }
       if (from_[i]) from_[i] += step_[i];
     }
     first_ += forth_ * kRows;
   }
 
-  __device__ void put(Buffer& buffer) const {
+  __device__ void put(const Stage& stage, Buffer& buffer) const {
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
       const Place at = place(i);
+      const Run run = stage[i][threadIdx.x];
       Few<X, kRun> states;
 #pragma unroll
-      for (int k = 0; k < kRun; ++k) states.x[k] = scaled(at.matrix ? kOutputFactor<X> : 1.0f, convert(held_[i].x[k]));
+      for (int k = 0; k < kRun; ++k) states.x[k] = scaled(at.matrix ? kOutputFactor<X> : 1.0f, convert(run.x[k]));
       *reinterpret_cast<Few<X, kRun>*>(&buffer.matrix[at.matrix][at.row][at.state]) = states;
     }
   }
@@ -250,6 +256,17 @@ class MatrixTiles {
   static __device__ Place place(int i) {
     const int item = (i * kScanThreads + threadIdx.x) * kRun;
     return {item / (kRows * M::kN), item / M::kN % kRows, item % M::kN};
+  }
+  static __device__ void copy_run(Run& run, const char* from, bool there) {
+    const uint32_t to = uint32_t(__cvta_generic_to_shared(&run));
+    if constexpr (sizeof(Run) == 4) {
+      copy_async_4(to, from, there);
+    } else if constexpr (sizeof(Run) == 8) {
+      copy_async_8(to, from, there);
+    } else {
+#pragma unroll
+      for (int byte = 0; byte < int(sizeof(Run)); byte += 16) copy_async_16(to + byte, from + byte, there);
+    }
   }
   static __device__ X convert(Source x) {
     if constexpr (M::kAny) {
@@ -276,7 +293,6 @@ class MatrixTiles {
   const bool wide_;
   const char* from_[kRuns];
   int64_t step_[kRuns];
-  Run held_[kRuns];
 };
 
 // This thread's states of one parameter [channels, states]; zeros where there are none.

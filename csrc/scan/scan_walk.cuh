@@ -1,7 +1,7 @@
 // The recurrence over one sequence, in the order of its tokens: what the forward does, and the first half of the
 // backward, which wants the state every kChunk tokens instead of outputs.
 //
-// B and C come through shared memory a tile of tokens at a time, fetched into registers one tile ahead. Everything else
+// B and C come through shared memory a tile of tokens at a time, fetched one tile ahead. Everything else
 // is a warp's own affair: its lanes load u, delta and z some groups of tokens ahead, make steps (d, d u) of the next
 // group while the states of this one are computed, and gate and store the outputs they end up with. Decays do not wait
 // for the state, so a group's special functions are all ready to go.
@@ -16,6 +16,7 @@ inline constexpr int kInputSlots = 8;  // groups of tokens whose u, delta and z 
 template <class M>
 struct alignas(16) WalkShared {
   typename MatrixTiles<M, M::kTile>::Buffer matrices[2];
+  typename MatrixTiles<M, M::kTile>::Stage matrix_stage;
   float2 steps[kScanWarps][2][M::kGroup][M::kWarpChannels];  // d, d u
   typename Column<M>::Values u[kInputSlots][kScanThreads], delta[kInputSlots][kScanThreads],
       z[kInputSlots][kScanThreads];
@@ -96,7 +97,7 @@ class Checkpoints {
       *reinterpret_cast<Run*>(to + i * kScanThreads) = run;
     }
   }
-  // Starts copying a checkpoint to the thread's place in shared memory; read() waits for it.
+  // Starts copying a checkpoint to the thread's place in shared memory; read() waits for it and for whatever else was.
   using Slot = Run[kStates / kRun][kScanThreads];
   __device__ void fetch(int chunk, Slot& slot) const {
     const X* const from = at_ + chunk * width_;
@@ -142,6 +143,7 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
   using X = typename M::X;
   constexpr int kC = M::kC, kS = M::kS, kGroup = M::kGroup, kTileGroups = M::kTile / kGroup;
   constexpr int kUnrolled = kTileGroups < 4 ? kTileGroups : 4;  // groups
+  static_assert(M::kAny || kTileGroups > kInputSlots - 2);      // a tile later the next one's B and C are there
   static_assert(kTileGroups % kUnrolled == 0 && kUnrolled % 2 == 0 && kUnrolled * kGroup % M::kChunk == 0);
   const int groups = (walk.count + kGroup - 1) / kGroup;
   const float threshold = softplus_threshold(p.delta_softplus);
@@ -185,18 +187,18 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
 
   __syncthreads();  // whoever used the shared memory before is done
   MatrixTiles<M, M::kTile> matrices(p, at.group, walk, grid.aligned_matrices, 0, 1);
-  matrices.fetch();
+  matrices.fetch(shared.matrix_stage);
 #pragma unroll
   for (int group = 0; group < kInputSlots - 1; ++group) fetch(group);
-  matrices.put(shared.matrices[0]);
   copy_async_wait<kInputSlots - 2>();
+  matrices.put(shared.matrix_stage, shared.matrices[0]);
   stage(0, shared.steps[at.warp][0]);
   __syncthreads();
 
   for (int tile = 0; tile * kTileGroups < groups; ++tile) {
     const auto& matrix = shared.matrices[tile % 2].matrix;
     const bool more = (tile + 1) * kTileGroups < groups;
-    if (more) matrices.fetch();
+    if (more) matrices.fetch(shared.matrix_stage);  // with the copies of the tile's first group
 #pragma unroll 1
     for (int part = 0; part < kTileGroups && tile * kTileGroups + part < groups; part += kUnrolled) {
 #pragma unroll
@@ -245,7 +247,7 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
         }
       }
     }
-    if (more) matrices.put(shared.matrices[(tile + 1) % 2]);
+    if (more) matrices.put(shared.matrix_stage, shared.matrices[(tile + 1) % 2]);
     __syncthreads();
   }
   copy_async_wait<0>();  // nothing is under way into memory that is used for something else next
