@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 
+#include "core/even_load.h"
 #include "core/launch.h"
 #include "scan/scan_fill.cuh"
 #include "scan/scan_ties.cuh"

@@ -2,6 +2,7 @@
 // gradient), and for the sum of its steps d, whose decay exp(A sum) it multiplies what comes in with. One thread a
 // state then carries states from segment to segment.
 #pragma once
+#include "core/even_load.h"
 #include "core/launch.h"
 #include "scan/scan_walk.cuh"
 

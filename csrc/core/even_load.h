@@ -1,0 +1,21 @@
+// Spreading blocks over multiprocessors evenly.
+#pragma once
+#include "core/launch.h"
+
+namespace packseq {
+
+// Shared memory for a kernel of which about `blocks` blocks have work, at least `needed`: so much that none of the
+// multiprocessors takes more than its even share. Left alone the GPU gives some of them half as many again where the
+// blocks do not fill it, and they finish last.
+inline size_t shared_for_even_load(const char* what, size_t needed, int64_t blocks) {
+  int device, processors, shared;
+  check_cuda(cudaGetDevice(&device), what);
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), what);
+  check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), what);
+  const int64_t share = (blocks + processors - 1) / processors;
+  constexpr int64_t kReserved = 1024;  // bytes that the driver takes for every block
+  const size_t too_much_for_one_more = size_t(shared / (share + 1) - kReserved / 2) / 128 * 128;
+  return share < 1 || too_much_for_one_more < needed ? needed : too_much_for_one_more;
+}
+
+}  // namespace packseq
