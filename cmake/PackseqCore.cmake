@@ -51,6 +51,9 @@ if(PACKSEQ_HAS_CUDA)
     configure_file(${PROJECT_SOURCE_DIR}/csrc/scan/conv1d_kernels.cu.in
       ${PROJECT_BINARY_DIR}/scan/conv1d_${PACKSEQ_TYPE}.cu @ONLY)
     target_sources(packseq_core PRIVATE ${PROJECT_BINARY_DIR}/scan/conv1d_${PACKSEQ_TYPE}.cu)
+    configure_file(${PROJECT_SOURCE_DIR}/csrc/longconv/long_conv_kernels.cu.in
+      ${PROJECT_BINARY_DIR}/longconv/long_conv_${PACKSEQ_TYPE}.cu @ONLY)
+    target_sources(packseq_core PRIVATE ${PROJECT_BINARY_DIR}/longconv/long_conv_${PACKSEQ_TYPE}.cu)
   endforeach()
 
   # The scan, by csrc/scan/scan_kernels.h's mappings.

@@ -5,14 +5,11 @@
 
 #include <cstdint>
 
+#include "core/device/complex.cuh"
 #include "core/schedule.h"
 #include "scan/scan.h"
 
 namespace packseq {
-
-struct alignas(8) Complex {
-  float re, im;
-};
 
 // A tensor's element type known at run time only: for the kernels that are not worth one for each type.
 struct AnyType {};

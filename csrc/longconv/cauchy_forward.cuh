@@ -1,0 +1,255 @@
+// Sums of v / (z - w) over the poles, for all nodes.
+//
+// By what a block's nodes and poles are, one of three ways, each with one reciprocal a pole and node; the reciprocal's
+// own unit has time for eight FP32 operations:
+//
+//   imaginary  pairs of conjugate poles, nodes i y: v / (z - w) + conj(v) / (z - conj(w)) = (n0 + i n1 y) / D with
+//              D = |w|^2 - y^2 + i c y, c = -2 Re w, n0 = -2 Re(v conj(w)), n1 = 2 Re v: 10 operations
+//   pairs      the same sum at other nodes, with D = (z - w) (z - conj(w)): 14
+//   plain      one term after the other, for single poles and for numbers so far out that |D|^2 could leave the range
+//              of a float: 10 a term
+//
+// D's real part is taken from the factors' differences, (Re w)^2 - (y - Im w) (y + Im w), whose terms are no larger
+// than |D| itself, so nothing cancels. 1,024 filters of 16,384 imaginary nodes and 32 pairs: 0.20 ms of an H200's FP32
+// units.
+#pragma once
+#include "core/device/complex.cuh"
+#include "core/device/exp2.cuh"
+#include "core/launch.h"
+#include "longconv/filters.h"
+
+namespace packseq {
+
+inline constexpr int kCauchyThreads = 128;
+
+struct CauchySums {
+  const Complex *v, *z, *w;
+  Complex* out;
+  int64_t groups, rows, nodes;
+  int poles;
+  bool conjugate;
+  int64_t tiles;  // of nodes
+};
+
+namespace {
+
+enum class CauchyWay { imaginary, pairs, plain };
+
+// |D|^-3, the most that gradients take, stays within a float's range.
+constexpr float kMostSize = 0x1p27f, kLeastSize = 0x1p-20f;
+
+__device__ __forceinline__ bool is_imaginary(Complex z) { return z.re == 0.0f && fabsf(z.im) <= kMostSize; }
+__device__ __forceinline__ bool is_near(Complex z) { return fabsf(z.re) <= kMostSize && fabsf(z.im) <= kMostSize; }
+__device__ __forceinline__ bool is_off_axis(Complex w) { return is_near(w) && fabsf(w.re) >= kLeastSize; }
+__device__ __forceinline__ bool is_off_zero(Complex w) {
+  return is_near(w) && fmaxf(fabsf(w.re), fabsf(w.im)) >= kLeastSize;
+}
+
+// The way that this block takes. `near` and `imaginary` say whether this thread's nodes are.
+__device__ __forceinline__ CauchyWay choose_way(const Complex* w, int poles, bool near, bool imaginary) {
+  bool off_axis = true, off_zero = true;
+  for (int n = threadIdx.x; n < poles; n += kCauchyThreads) {
+    off_axis = off_axis && is_off_axis(w[n]);
+    off_zero = off_zero && is_off_zero(w[n]);
+  }
+  if (__syncthreads_and(imaginary && off_axis)) return CauchyWay::imaginary;
+  if (__syncthreads_and(near && off_zero)) return CauchyWay::pairs;
+  return CauchyWay::plain;
+}
+
+// Some poles in shared memory, in the terms of a way. A plain sum of pairs has each pole twice, once conjugate.
+template <int kGroups>
+struct CauchyPoles {
+  static constexpr int kPoles = 32;
+  float2 pole[kPoles];
+  float4 numerator[kPoles][kGroups];
+
+  // How many poles of the problem fit.
+  static __device__ __forceinline__ int capacity(CauchyWay way, bool conjugate) {
+    return way == CauchyWay::plain && conjugate ? kPoles / 2 : kPoles;
+  }
+
+  // Poles first ... first + count of `row`, numerators of groups first_group ...; of those that are not there zero.
+  __device__ __forceinline__ void load(const CauchySums& s, CauchyWay way, int64_t row, int64_t first_group, int first,
+                                       int count) {
+    const int copies = kPoles / capacity(way, s.conjugate);
+    for (int i = threadIdx.x; i < count * copies * kGroups; i += kCauchyThreads) {
+      const int slot = i / kGroups, g = i % kGroups, n = first + slot / copies;
+      const bool mirrored = slot % copies != 0;
+      const Complex w = s.w[row * s.poles + n];
+      const int64_t group = first_group + g;
+      const Complex v = group < s.groups ? s.v[(group * s.rows + row) * s.poles + n] : Complex{};
+      if (g == 0) {
+        if (way == CauchyWay::imaginary) pole[slot] = {w.im, w.re * w.re};
+        if (way == CauchyWay::pairs) pole[slot] = {w.re, w.im};
+        if (way == CauchyWay::plain) pole[slot] = {w.re, mirrored ? -w.im : w.im};
+      }
+      if (way == CauchyWay::imaginary) {
+        const float n0 = -2.0f * dot(w, v), n1 = 2.0f * v.re, c = -2.0f * w.re;
+        numerator[slot][g] = {n0, n1, n0 * c, n1 * c};
+      }
+      if (way == CauchyWay::pairs) numerator[slot][g] = {2.0f * v.re, 2.0f * v.im * w.im, 0.0f, 0.0f};
+      if (way == CauchyWay::plain) numerator[slot][g] = {v.re, mirrored ? -v.im : v.im, 0.0f, 0.0f};
+    }
+  }
+};
+
+// What the terms of a way add up to, kParts numbers a node and group, and the sum that they stand for.
+template <CauchyWay kWay>
+struct CauchyTerms;
+
+template <>
+struct CauchyTerms<CauchyWay::imaginary> {
+  static constexpr int kParts = 4;
+  float y, four_y2;
+
+  __device__ explicit CauchyTerms(Complex z) : y(z.im), four_y2(4.0f * z.im * z.im) {}
+
+  template <int kGroups>
+  __device__ __forceinline__ void add(float (&sums)[kGroups][4], float2 pole,
+                                      const float4 (&numerator)[kGroups]) const {
+    const float real = fmaf(pole.x - y, pole.x + y, pole.y);
+    const float r = reciprocal_approx(fmaf(pole.y, four_y2, real * real)), e = real * r;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      sums[g][0] = fmaf(numerator[g].x, e, sums[g][0]);
+      sums[g][1] = fmaf(numerator[g].w, r, sums[g][1]);
+      sums[g][2] = fmaf(numerator[g].y, e, sums[g][2]);
+      sums[g][3] = fmaf(numerator[g].z, r, sums[g][3]);
+    }
+  }
+  __device__ __forceinline__ Complex total(const float (&sums)[4]) const {
+    return {fmaf(0.25f * four_y2, sums[1], sums[0]), y * (sums[2] - sums[3])};
+  }
+};
+
+template <>
+struct CauchyTerms<CauchyWay::pairs> {
+  static constexpr int kParts = 4;
+  Complex z;
+  float four_y2;
+
+  __device__ explicit CauchyTerms(Complex z) : z(z), four_y2(4.0f * z.im * z.im) {}
+
+  template <int kGroups>
+  __device__ __forceinline__ void add(float (&sums)[kGroups][4], float2 pole,
+                                      const float4 (&numerator)[kGroups]) const {
+    const float a = z.re - pole.x, a2 = a * a;
+    const float real = fmaf(pole.y - z.im, pole.y + z.im, a2);
+    const float r = reciprocal_approx(fmaf(a2, four_y2, real * real)), e = real * r, f = a * r;
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      const float n = fmaf(numerator[g].x, a, -numerator[g].y);
+      sums[g][0] = fmaf(n, e, sums[g][0]);
+      sums[g][1] = fmaf(numerator[g].x, f, sums[g][1]);
+      sums[g][2] = fmaf(numerator[g].x, e, sums[g][2]);
+      sums[g][3] = fmaf(n, f, sums[g][3]);
+    }
+  }
+  __device__ __forceinline__ Complex total(const float (&sums)[4]) const {
+    return {fmaf(0.5f * four_y2, sums[1], sums[0]), z.im * fmaf(-2.0f, sums[3], sums[2])};
+  }
+};
+
+template <>
+struct CauchyTerms<CauchyWay::plain> {
+  static constexpr int kParts = 2;
+  Complex z;
+
+  __device__ explicit CauchyTerms(Complex z) : z(z) {}
+
+  template <int kGroups>
+  __device__ __forceinline__ void add(float (&sums)[kGroups][2], float2 pole,
+                                      const float4 (&numerator)[kGroups]) const {
+    const Complex d = {z.re - pole.x, z.im - pole.y};
+    const float r = reciprocal_approx(dot(d, d));
+    const Complex e = {d.re * r, d.im * r};  // the conjugate of 1 / d
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      sums[g][0] = fmaf(numerator[g].x, e.re, fmaf(numerator[g].y, e.im, sums[g][0]));
+      sums[g][1] = fmaf(numerator[g].y, e.re, fmaf(-numerator[g].x, e.im, sums[g][1]));
+    }
+  }
+  __device__ __forceinline__ Complex total(const float (&sums)[2]) const { return {sums[0], sums[1]}; }
+};
+
+template <CauchyWay kWay, int kNodes, int kGroups>
+__device__ __forceinline__ void cauchy_sums(const CauchySums& s, CauchyPoles<kGroups>& poles, int64_t row,
+                                            int64_t first_group, const Complex (&z)[kNodes],
+                                            Complex (&total)[kNodes][kGroups]) {
+  using Terms = CauchyTerms<kWay>;
+  const int capacity = poles.capacity(kWay, s.conjugate);
+#pragma unroll
+  for (int i = 0; i < kNodes; ++i)
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) total[i][g] = {};
+  for (int first = 0; first < s.poles; first += capacity) {
+    const int count = min(capacity, s.poles - first);
+    __syncthreads();
+    poles.load(s, kWay, row, first_group, first, count);
+    __syncthreads();
+    float sums[kNodes][kGroups][Terms::kParts] = {};
+    const int slots = count * (CauchyPoles<kGroups>::kPoles / capacity);
+#pragma unroll 2
+    for (int n = 0; n < slots; ++n) {
+      const float2 pole = poles.pole[n];
+      float4 numerator[kGroups];
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) numerator[g] = poles.numerator[n][g];
+#pragma unroll
+      for (int i = 0; i < kNodes; ++i) Terms(z[i]).add(sums[i], pole, numerator);
+    }
+#pragma unroll
+    for (int i = 0; i < kNodes; ++i)
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) total[i][g] = total[i][g] + Terms(z[i]).total(sums[i][g]);
+  }
+}
+
+template <int kGroups>
+struct CauchyTile {
+  static constexpr int kNodes = kGroups == 4 ? 2 : 4;  // of a thread
+  static constexpr int kSize = kNodes * kCauchyThreads;
+};
+
+// A block: one row and a tile of nodes; kGroups groups at a time.
+template <int kGroups>
+__global__ void __launch_bounds__(kCauchyThreads) cauchy_forward_kernel(const __grid_constant__ CauchySums s) {
+  constexpr int kNodes = CauchyTile<kGroups>::kNodes;
+  __shared__ CauchyPoles<kGroups> poles;
+  const int64_t row = blockIdx.x / s.tiles;
+  const int64_t first_node = blockIdx.x % s.tiles * CauchyTile<kGroups>::kSize + threadIdx.x;
+  Complex z[kNodes];
+  bool near = true, imaginary = true;
+#pragma unroll
+  for (int i = 0; i < kNodes; ++i) {
+    const int64_t l = first_node + i * kCauchyThreads;
+    z[i] = s.z[l < s.nodes ? l : s.nodes - 1];
+    near = near && is_near(z[i]);
+    imaginary = imaginary && is_imaginary(z[i]);
+  }
+  const CauchyWay way = s.conjugate ? choose_way(s.w + row * s.poles, s.poles, near, imaginary) : CauchyWay::plain;
+  for (int64_t first_group = 0; first_group < s.groups; first_group += kGroups) {
+    Complex total[kNodes][kGroups];
+    if (way == CauchyWay::imaginary) {
+      cauchy_sums<CauchyWay::imaginary>(s, poles, row, first_group, z, total);
+    } else if (way == CauchyWay::pairs) {
+      cauchy_sums<CauchyWay::pairs>(s, poles, row, first_group, z, total);
+    } else {
+      cauchy_sums<CauchyWay::plain>(s, poles, row, first_group, z, total);
+    }
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      if (first_group + g >= s.groups) break;
+      Complex* const out = s.out + ((first_group + g) * s.rows + row) * s.nodes;
+#pragma unroll
+      for (int i = 0; i < kNodes; ++i) {
+        const int64_t l = first_node + i * kCauchyThreads;
+        if (l < s.nodes) out[l] = total[i][g];
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace packseq
