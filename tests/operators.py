@@ -330,6 +330,87 @@ _add_conv1d("conv1d-8", 8, 8, bias=True, states="initial_states")
 _add_conv1d("conv1d-step", 24, 4, bias=True, states="states", activation="silu")
 
 
+# ---- long convolution and S4's recurrence
+
+
+def _long_conv(options: dict, **tensors: Tensor) -> tuple[Tensor]:
+    return (packseq.long_conv(**tensors, **options),)
+
+
+def _long_conv_with_states(options: dict, initial_states: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    """With modes that are no argument, the same for every channel."""
+    shape = initial_states.shape[-2:]
+    real = torch.float64 if initial_states.dtype == torch.complex128 else torch.float32
+    n = torch.arange(shape[1], device=initial_states.device, dtype=real).expand(shape)
+    modes = torch.complex(-0.02 * (n + 1), n), torch.complex(n + 1, n), torch.complex(1 / (n + 1), -n)
+    states = {"initial_states": initial_states, "return_final_states": True}
+    return packseq.long_conv(**tensors, **options, modes=modes, **states)
+
+
+def _add_long_conv(
+    id: str,
+    channels: int,
+    taps: int,
+    taps_after: int = 0,
+    *,
+    D: bool = False,
+    pre_gate: bool = False,
+    gate: bool = False,
+    states: int = 0,
+    big: bool = False,
+    **options,
+) -> None:
+    rows, of_sequences = Rows((channels,)), Rows((channels, states), of="sequences", statistics=True)
+    inputs = {"u": rows} | ({"pre_gate": rows} if pre_gate else {}) | ({"gate": rows} if gate else {})
+    shared = {"k": (channels, taps)} | ({"k_after": (channels, taps_after)} if taps_after else {})
+    OPERATORS.append(
+        Operator(
+            id=id,
+            call=partial(_long_conv_with_states if states else _long_conv, options),
+            inputs=inputs | ({"initial_states": of_sequences} if states else {}),
+            outputs={"out": rows} | ({"final_states": of_sequences} if states else {}),
+            shared=shared | ({"D": (channels,)} if D else {}),
+            complex=frozenset(("initial_states", "final_states")),
+            big=big,
+        )
+    )
+
+
+_add_long_conv("long-conv", 64, 500, big=True)
+_add_long_conv("long-conv-short-filter", 5, 40, D=True, gate=True)
+_add_long_conv("long-conv-all-options", 13, 37, 300, D=True, pre_gate=True, gate=True, reverse=True)
+_add_long_conv("long-conv-states", 6, 600, D=True, pre_gate=True, gate=True, states=3)
+_add_long_conv("long-conv-states-reverse", 1, 600, states=2, reverse=True)
+
+
+def _s4_step(options: dict, states: Tensor, w: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    pool = states.clone()
+    return packseq.s4_step(pool, w=_decaying(w), **tensors, **options), pool
+
+
+def _add_s4_step(id: str, channels: int, poles: int, rank: int, filters: int, *, D: bool = False, **options) -> None:
+    of_sequences = Rows((channels, poles), of="sequences", statistics=True)
+    shared = {"w": (channels, poles), "B": (channels, poles), "C": (filters, channels, poles), "dt": (channels,)}
+    OPERATORS.append(
+        Operator(
+            id=id,
+            call=partial(_s4_step, options),
+            inputs={"u": Rows((channels,)), "states": of_sequences},
+            outputs={"out": Rows((filters, channels)), "new_states": of_sequences},
+            shared=shared
+            | ({"P": (rank, channels, poles)} if rank else {})
+            | ({"D": (filters, channels)} if D else {}),
+            complex=frozenset(("w", "B", "C", "P", "states", "new_states")),
+            inference=True,
+        )
+    )
+
+
+_add_s4_step("s4-step", 24, 32, 1, 1, D=True)
+_add_s4_step("s4-step-rank-2", 7, 5, 2, 3)
+_add_s4_step("s4-step-zoh", 3, 65, 0, 2, D=True, discretization="zoh")
+
+
 # ---- packseq.nn
 
 

@@ -74,9 +74,9 @@ def conv_inputs(case: ConvCase, device: str) -> tuple[Tensors, Tensors, dict]:
 
 
 def with_gradients(function: Callable, tensors: Tensors, gradients: Tensors) -> Tensors:
-    """Outputs, and under "d" + name the gradients of all tensors."""
+    """Outputs, which `gradients` names in order, and under "d" + name the gradients of all tensors."""
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-    outputs = dict(zip(("out", "final_states"), function(**leaves), strict=True))
+    outputs = dict(zip(gradients, function(**leaves), strict=True))
     used = [name for name, x in outputs.items() if x.requires_grad]  # the reference may use nothing of an empty batch
     grads = torch.autograd.grad(
         [outputs[name] for name in used], list(leaves.values()), [gradients[name] for name in used], allow_unused=True

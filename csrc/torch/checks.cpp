@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <numeric>
 #include <string_view>
-#include <vector>
 
 namespace packseq {
 
@@ -76,16 +76,30 @@ ScalarType parameter_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+ScalarType complex_of(ScalarType real) {
+  return real == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
+}
+
 void check_dims(const Argument& a, int64_t dims, const char* layout) {
   if (a.tensor.dim() == dims) return;  // every call comes by here: no message is made before one is needed
   fail(a, " must be ", layout, ", got shape ", shape_of(a.tensor));
 }
 
-void check_shape(const Argument& a, std::initializer_list<int64_t> shape) {
+namespace {
+
+void check_sizes(const Argument& a, const int64_t* shape, size_t count) {
   const auto sizes = a.tensor.sizes();
-  if (std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end())) return;
-  fail(a, " must have shape ", listed(shape.begin(), shape.size()), ", got ", shape_of(a.tensor));
+  if (std::equal(sizes.begin(), sizes.end(), shape, shape + count)) return;
+  fail(a, " must have shape ", listed(shape, count), ", got ", shape_of(a.tensor));
 }
+
+}  // namespace
+
+void check_shape(const Argument& a, std::initializer_list<int64_t> shape) {
+  check_sizes(a, shape.begin(), shape.size());
+}
+
+void check_shape(const Argument& a, const std::vector<int64_t>& shape) { check_sizes(a, shape.data(), shape.size()); }
 
 void check_dtype(const Argument& a, ScalarType expected) {
   const ScalarType got = a.tensor.scalar_type();
@@ -151,14 +165,15 @@ void check_pool(const Argument& a, int64_t dims, const char* layout) {
   fail(a, " must be contiguous, got strides ", listed(strides.data(), strides.size()));
 }
 
-void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences) {
+void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences,
+                 const char* name) {
   const int64_t slots = pool.tensor.size(0);
   if (!indices) {
-    check(sequences <= slots, pool, " must have a slot for each of the ", sequences,
-          " sequences, or indices must be given, got ", slots, " slots");
+    check(sequences <= slots, pool, " must have a slot for each of the ", sequences, " sequences, or ", name,
+          " must be given, got ", slots, " slots");
     return;
   }
-  const Argument a{op, "indices", *indices};
+  const Argument a{op, name, *indices};
   check_shape(a, {sequences});
   check_dtype(a, ScalarType::Int);
   check_same_device(a, pool);
@@ -195,8 +210,25 @@ Tensor readable(const Tensor& t, int64_t alignment) {
   return in_place(copy) ? copy : torch::stable::clone(copy);
 }
 
+int64_t alignment_of(const Tensor& like, int64_t width) {
+  return like.is_cuda() ? std::gcd(int64_t(16), width * int64_t(like.element_size())) : 1;
+}
+
 Packed packed_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0), t.stride(1)}; }
 
 Rows rows_of(const Tensor& t) { return {t.const_data_ptr(), t.stride(0)}; }
+
+Tensor gradient_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return torch::stable::new_empty(t, {sizes.data(), sizes.size()});
+}
+
+Tensor gradient_of(const OptionalTensor& t, const Tensor& like) {
+  return t ? gradient_of(*t) : torch::stable::new_empty(like, {0});
+}
+
+void* data_of_gradient(const Tensor& gradient, const OptionalTensor& of) {
+  return of ? gradient.mutable_data_ptr() : nullptr;
+}
 
 }  // namespace packseq

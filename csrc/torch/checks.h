@@ -9,6 +9,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "core/check.h"
 #include "core/dtype.h"
@@ -41,10 +42,13 @@ Dtype dtype_of(const Argument&);
 Dtype dtype_on_device(const Argument&);
 // Of parameters, states and statistics beside a tensor: float64 where it is float64, else float32.
 ScalarType parameter_type(const Tensor&);
+// The complex type whose parts are float32 or float64.
+ScalarType complex_of(ScalarType real);
 
 // `layout` names the dimensions: "[total, heads, dim]".
 void check_dims(const Argument&, int64_t dims, const char* layout);
 void check_shape(const Argument&, std::initializer_list<int64_t> shape);
+void check_shape(const Argument&, const std::vector<int64_t>& shape);
 void check_dtype(const Argument&, ScalarType expected);
 void check_same_dtype(const Argument&, const Argument& like);
 void check_same_device(const Argument&, const Argument& like);
@@ -67,7 +71,8 @@ void check_gradient_of_rows(const Argument& gradient, const Argument& rows);
 void check_pool(const Argument&, int64_t dims, const char* layout);
 // Which slot of the pool each sequence has: int32 [sequences], or none, where sequence i has slot i. What is in it,
 // where validates() says so: negative, or one of the slots that no other sequence has.
-void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences);
+void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences,
+                 const char* name = "indices");
 
 // Data of an optional tensor, nullptr where there is none; and the tensor made contiguous in place.
 const void* data_of(const OptionalTensor&);
@@ -76,7 +81,16 @@ void make_contiguous(OptionalTensor&);
 // t if a kernel can read its rows, [total, width] or [total, heads, dim], in place: the last dimension contiguous, rows
 // at multiples of `alignment` bytes. Else a contiguous copy.
 Tensor readable(const Tensor& t, int64_t alignment = 1);
+// What contiguous rows of `width` elements lie at multiples of, where kernels choose by it: bits must not depend on
+// where a tensor lies.
+int64_t alignment_of(const Tensor& like, int64_t width);
 Packed packed_of(const Tensor&);
 Rows rows_of(const Tensor&);
+
+// A contiguous gradient of `t`, without elements where `t` is absent.
+Tensor gradient_of(const Tensor& t);
+Tensor gradient_of(const OptionalTensor& t, const Tensor& like);
+// Its data where it is a gradient of something.
+void* data_of_gradient(const Tensor& gradient, const OptionalTensor& of);
 
 }  // namespace packseq

@@ -3,7 +3,6 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <numeric>
 #include <tuple>
 
 #include "torch/backend.h"
@@ -13,10 +12,6 @@ namespace packseq {
 namespace {
 
 constexpr int64_t kStatesMost = 256;
-
-ScalarType complex_of(ScalarType real) {
-  return real == ScalarType::Double ? ScalarType::ComplexDouble : ScalarType::ComplexFloat;
-}
 
 // What every operator here is called with, as it came.
 struct Inputs {
@@ -112,8 +107,7 @@ struct Ready : Inputs {
     for (OptionalTensor* t : {&D, &delta_bias, &initial_states}) make_contiguous(*t);
   }
 
-  // Rows as aligned as contiguous ones: the kernels choose by it, and bits must not depend on where a tensor lies.
-  int64_t alignment() const { return u.is_cuda() ? std::gcd(int64_t(16), channels() * int64_t(u.element_size())) : 1; }
+  int64_t alignment() const { return alignment_of(u, channels()); }
 
   ScanProblem problem() const {
     const auto state_matrix = [](const Tensor& t) {
@@ -179,15 +173,6 @@ std::tuple<Tensor, Tensor> selective_scan(const Tensor& u, const Tensor& delta, 
   return {out, final_states};
 }
 
-// A contiguous gradient of `t`, without elements where `t` is absent.
-Tensor gradient_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return torch::stable::new_empty(t, {sizes.data(), sizes.size()});
-}
-Tensor gradient_of(const OptionalTensor& t, const Tensor& like) {
-  return t ? gradient_of(*t) : torch::stable::new_empty(like, {0});
-}
-
 template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> selective_scan_backward(
     const Tensor& dout_in, const OptionalTensor& dfinal_states_in, const Tensor& u, const Tensor& delta,
@@ -207,19 +192,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   const Tensor dA = gradient_of(A), dB = gradient_of(B), dC = gradient_of(C);
   const Tensor dD = gradient_of(D, u), dz = gradient_of(z, u), ddelta_bias = gradient_of(delta_bias, u);
   const Tensor dinitial_states = gradient_of(initial_states, A);
-  const auto data = [](bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; };
   run(ScanBackward{.problem = in.problem(),
                    .dout = rows_of(dout),
                    .dfinal_states = data_of(dfinal_states),
                    .du = du.mutable_data_ptr(),
                    .ddelta = ddelta.mutable_data_ptr(),
-                   .dz = data(z.has_value(), dz),
+                   .dz = data_of_gradient(dz, z),
                    .dA = dA.mutable_data_ptr(),
                    .dB = dB.mutable_data_ptr(),
                    .dC = dC.mutable_data_ptr(),
-                   .dD = data(D.has_value(), dD),
-                   .ddelta_bias = data(delta_bias.has_value(), ddelta_bias),
-                   .dinitial_states = data(initial_states.has_value(), dinitial_states),
+                   .dD = data_of_gradient(dD, D),
+                   .ddelta_bias = data_of_gradient(ddelta_bias, delta_bias),
+                   .dinitial_states = data_of_gradient(dinitial_states, initial_states),
                    .workspace = nullptr},
       u, backend);
   return {du, ddelta, dA, dB, dC, dD, dz, ddelta_bias, dinitial_states};

@@ -47,6 +47,39 @@ STABLE_TORCH_LIBRARY(packseq, m) {
       "Tensor? indices=None, bool silu=False)"
       " -> Tensor out");
 
+  // csrc/torch/filters.cpp; v and u are [*groups, *rows, width], w and x [*rows, poles]; dz is empty where it is not
+  // wanted
+  m.def("cauchy(Tensor v, Tensor z, Tensor w, bool conjugate=False) -> Tensor out");
+  m.def(
+      "cauchy_backward(Tensor dout, Tensor v, Tensor z, Tensor w, bool conjugate, bool wants_dz)"
+      " -> (Tensor dv, Tensor dz, Tensor dw)");
+  m.def("vandermonde(Tensor v, Tensor x, SymInt length, bool conjugate=False) -> Tensor out");
+  m.def(
+      "vandermonde_backward(Tensor dout, Tensor v, Tensor x, SymInt length, bool conjugate)"
+      " -> (Tensor dv, Tensor dx)");
+  m.def("vandermonde_transpose(Tensor u, Tensor x) -> Tensor out");
+  m.def("vandermonde_transpose_backward(Tensor dout, Tensor u, Tensor x) -> (Tensor du, Tensor dx)");
+  m.def("s4_spectrum(Tensor w, Tensor B, Tensor C, Tensor dt, SymInt length, Tensor? P=None) -> Tensor out");
+  m.def(
+      "s4_spectrum_backward(Tensor dout, Tensor w, Tensor B, Tensor C, Tensor dt, SymInt length, Tensor? P)"
+      " -> (Tensor dw, Tensor dB, Tensor dC, Tensor ddt, Tensor dP)");
+
+  // csrc/torch/long_conv.cpp; gradients are empty where their input is None
+  m.def(
+      "long_conv(Tensor u, Tensor k, Tensor cu_seqlens, Tensor? D=None, Tensor? pre_gate=None, Tensor? gate=None, "
+      "Tensor? k_after=None, bool reverse=False)"
+      " -> Tensor out");
+  m.def(
+      "long_conv_backward(Tensor dout, Tensor u, Tensor k, Tensor cu_seqlens, Tensor? D, Tensor? pre_gate, "
+      "Tensor? gate, Tensor? k_after, bool reverse)"
+      " -> (Tensor du, Tensor dk, Tensor dD, Tensor dpre_gate, Tensor dgate, Tensor dk_after)");
+
+  // csrc/torch/s4_step.cpp; out has C's filters between rows and channels, where C has them
+  m.def(
+      "s4_step(Tensor(a!) states, Tensor u, Tensor w, Tensor B, Tensor C, Tensor dt, Tensor cu_seqlens, "
+      "Tensor? state_indices=None, Tensor? P=None, Tensor? D=None, bool zoh=False)"
+      " -> Tensor out");
+
   // python/packseq/_mamba_inner.py, made of the operators above; x_dbl and y are kept for the backward
   m.def(
       "mamba_inner(Tensor xz, Tensor conv_weight, Tensor? conv_bias, Tensor x_proj_weight, Tensor dt_proj_weight, "

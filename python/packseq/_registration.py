@@ -1,4 +1,4 @@
-"""What the operators' registrations share: gradients, their absence, and autocast."""
+"""What the operators' registrations share: gradients, their absence, autocast, and parameters in half types."""
 
 from collections.abc import Callable
 
@@ -75,3 +75,8 @@ def _kernel(operator: str, arguments: Callable[..., tuple], device: str, key: st
             return call(*args)
 
     return kernel
+
+
+def widened(x: Tensor | None) -> Tensor | None:
+    """A parameter that operators take in float32 only."""
+    return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x

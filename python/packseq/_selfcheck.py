@@ -30,7 +30,7 @@ class Check:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         outcome = self.failure or f"error {self.error:.1e} (limit {self.limit:.1e})"
-        return f"{'ok' if self.ok else 'FAILED':8}{self.operator:21}{self.device:8}{dtype:10}{outcome}"
+        return f"{'ok' if self.ok else 'FAILED':8}{self.operator:22}{self.device:8}{dtype:10}{outcome}"
 
 
 def _random(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -39,16 +39,25 @@ def _random(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=generator).to(dtype)
 
 
+def _random_complex(*shape: int) -> Tensor:
+    return torch.complex(_random(*shape, dtype=torch.float32), _random(*shape, 1, dtype=torch.float32)[..., 0])
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
 def _error(ours: Tensor, right: Tensor) -> float:
-    return ((ours.double().cpu() - right).abs().max() / right.abs().max()).item()
+    return ((_exact(ours).cpu() - right).abs().max() / right.abs().max()).item()
 
 
 def _largest_error(operator: Function, exactly: Function, inputs: list[Tensor], device: str) -> float:
     """Of the output and of every input's gradient. `exactly` gets float64 inputs on the CPU."""
-    exact = [x.double().requires_grad_() for x in inputs]
+    exact = [_exact(x).requires_grad_() for x in inputs]
     right = exactly(*exact)
-    seed = _random(*right.shape, dtype=inputs[0].dtype)
-    right_grads = torch.autograd.grad(right, exact, seed.double())
+    real = inputs[0].dtype.to_real()
+    seed = _random_complex(*right.shape) if right.is_complex() else _random(*right.shape, dtype=real)
+    right_grads = torch.autograd.grad(right, exact, _exact(seed))
 
     ours = [x.to(device).requires_grad_() for x in inputs]
     out = operator(*ours)
@@ -174,6 +183,117 @@ def _check_mamba_inner(device: str, dtype: torch.dtype) -> float:
     return _largest_error(operator, exactly, inputs, device)
 
 
+def _check_long_conv(device: str, dtype: torch.dtype) -> float:
+    def operator(u, pre_gate, gate, k, k_after, D):
+        return torch.ops.packseq.long_conv(u, k, _boundaries(device), D, pre_gate, gate, k_after)
+
+    def exactly(u, pre_gate, gate, k, k_after, D):
+        """As a product of matrices: taps at their distances, [channels, to, from]."""
+        outs = []
+        for x in (u * pre_gate).split(LENGTHS):
+            distance = torch.arange(len(x))[:, None] - torch.arange(len(x))
+            zero = torch.zeros(20, 1, dtype=x.dtype)
+            taps = torch.cat([k, zero.expand(20, 131), k_after.flip(1)], 1)  # a distance of -1 is the last one
+            outs.append(torch.einsum("cts,sc->tc", taps[:, distance], x) + D * x)
+        return torch.cat(outs) * gate
+
+    rows = [_random(sum(LENGTHS) + i, 20, dtype=dtype)[i:] for i in range(3)]
+    k, k_after, D = (_random(*shape, dtype=torch.float32) for shape in ((20, 131), (20, 130), (20,)))
+    return _largest_error(operator, exactly, [*rows, k, k_after, D], device)
+
+
+def _poles(*shape: int) -> Tensor:
+    x = _random_complex(*shape)
+    return torch.complex(-0.25 - x.real.abs(), x.imag)
+
+
+def _check_cauchy(device: str, _: torch.dtype) -> float:
+    def exactly(v, z, w):
+        return (v[..., None] / (z - w[..., None])).sum(-2)
+
+    inputs = [_random_complex(2, 3, 7), 1j * _random(40, dtype=torch.float32), _poles(3, 7)]
+    plain = _largest_error(torch.ops.packseq.cauchy, exactly, inputs, device)
+    pairs = _largest_error(
+        lambda *x: torch.ops.packseq.cauchy(*x, True),
+        lambda v, z, w: exactly(v, z, w) + exactly(v.conj(), z, w.conj()),
+        *(inputs, device),
+    )
+    return max(plain, pairs)
+
+
+def _vandermonde_in_float64(v: Tensor, x: Tensor) -> Tensor:
+    return (v[..., None] * torch.exp(x[..., None] * torch.arange(40))).sum(-2)
+
+
+def _check_vandermonde(device: str, _: torch.dtype) -> float:
+    inputs, exactly = [_random_complex(2, 3, 7), _poles(3, 7)], _vandermonde_in_float64
+    plain = _largest_error(lambda v, x: torch.ops.packseq.vandermonde(v, x, 40), exactly, inputs, device)
+    pairs = _largest_error(
+        lambda v, x: torch.ops.packseq.vandermonde(v, x, 40, True), lambda v, x: 2 * exactly(v, x).real, inputs, device
+    )
+    return max(plain, pairs)
+
+
+def _check_vandermonde_transpose(device: str, _: torch.dtype) -> float:
+    def exactly(u, x):
+        return (u[..., None, :] * torch.exp(x[..., None] * torch.arange(40))).sum(-1)
+
+    operator, x = torch.ops.packseq.vandermonde_transpose, _poles(3, 7)
+    of_complex = _largest_error(operator, exactly, [_random_complex(2, 3, 40), x], device)
+    return max(of_complex, _largest_error(operator, exactly, [_random(2, 3, 40, dtype=torch.float32), x], device))
+
+
+def _s4_inputs() -> list[Tensor]:
+    """w, B, C, dt and P of one column."""
+    w, (B, C, P) = _poles(3, 6), (_random_complex(*shape) for shape in ((3, 6), (2, 3, 6), (1, 3, 6)))
+    return [w, B, C, _random(3, dtype=torch.float32).abs() / 2, P]
+
+
+def _s4_model_in_float64(w: Tensor, B: Tensor, dt: Tensor, P: Tensor) -> tuple[Tensor, Tensor]:
+    """Abar and Bbar by the bilinear transform, over both of each conjugate pair."""
+    column = torch.cat([P, P.conj()], -1)[0]
+    A = torch.diag_embed(torch.cat([w, w.conj()], -1)) - column[:, :, None] * column.conj()[:, None]
+    half, eye = dt[:, None, None] / 2 * A, torch.eye(A.shape[-1])
+    return torch.linalg.solve(eye - half, eye + half), torch.linalg.solve(
+        eye - half, dt[:, None] * torch.cat([B, B.conj()], -1)
+    )
+
+
+def _check_s4_spectrum(device: str, _: torch.dtype) -> float:
+    """The generating function of the dense model, at the roots of one."""
+
+    def exactly(w, B, C, dt, P):
+        Abar, Bbar = _s4_model_in_float64(w, B, dt, P)
+        o = torch.exp(-2j * torch.pi * torch.arange(9) / 16)
+        matrices = torch.eye(Abar.shape[-1]) - Abar[:, None] * o[:, None, None]
+        states = torch.linalg.solve(matrices, Bbar[:, None].expand(-1, 9, -1))
+        return torch.einsum("ghn,hjn->ghj", torch.cat([C, C.conj()], -1), states)
+
+    def operator(w, B, C, dt, P):
+        return torch.ops.packseq.s4_spectrum(w, B, C, dt, 16, P)
+
+    return _largest_error(operator, exactly, _s4_inputs(), device)
+
+
+def _check_s4_step(device: str, dtype: torch.dtype) -> float:
+    lengths, inputs = [2, 0, 1, 5, 3], _s4_inputs()
+    u, states = _random(sum(lengths), 3, dtype=dtype), _random_complex(len(lengths), 3, 6)
+    Abar, Bbar = _s4_model_in_float64(*(_exact(inputs[i]) for i in (0, 1, 3, 4)))
+    C, outs, finals = torch.cat([inputs[2], inputs[2].conj()], -1).to(torch.complex128), [], []
+    for rows, state in zip(u.double().split(lengths), _exact(states), strict=True):
+        h = torch.cat([state, state.conj()], -1)
+        for x in rows:
+            h = (Abar @ h[..., None])[..., 0] + Bbar * x[:, None]
+            outs.append((C * h).sum(-1).real)
+        finals.append(h[:, :6])
+
+    *parameters, dt, P = (x.to(device) for x in inputs)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
+    pool = states.to(device, copy=True)
+    out = torch.ops.packseq.s4_step(pool, u.to(device), *parameters, dt, cu_seqlens, None, P)
+    return max(_error(out, torch.stack(outs)), _error(pool, torch.stack(finals)))
+
+
 def _left_padding() -> Tensor:
     longest = max(LENGTHS)
     return torch.arange(longest) >= longest - torch.tensor(LENGTHS)[:, None]
@@ -211,9 +331,17 @@ CHECKS: dict[str, Callable[[str, torch.dtype], float]] = {
     "mamba_inner": _check_mamba_inner,
     "causal_conv1d": _check_causal_conv1d,
     "causal_conv1d_step": _check_causal_conv1d_step,
+    "long_conv": _check_long_conv,
+    "s4_step": _check_s4_step,
+    "cauchy": _check_cauchy,
+    "vandermonde": _check_vandermonde,
+    "vandermonde_transpose": _check_vandermonde_transpose,
+    "s4_spectrum": _check_s4_spectrum,
     "pack": _check_pack,
     "unpack": _check_unpack,
 }
+# What takes complex numbers alone, of float32's precision.
+FILTERS = {"cauchy", "vandermonde", "vandermonde_transpose", "s4_spectrum"}
 
 
 def run(devices: list[str]) -> Iterator[Check]:
@@ -221,6 +349,8 @@ def run(devices: list[str]) -> Iterator[Check]:
     for operator, check in CHECKS.items():
         for device in devices:
             for dtype, limit in LIMITS.items():
+                if operator in FILTERS and dtype != torch.float32:
+                    continue
                 result = Check(operator, device, dtype, torch.nan, limit * torch.finfo(dtype).eps)
                 try:
                     result.error = check(device, dtype)

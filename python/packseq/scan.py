@@ -5,9 +5,8 @@ import torch
 from torch import Tensor
 
 from . import _mamba_inner  # noqa: F401  (registers the operator)
-from ._registration import empty_gradient, register_autocast, register_gradient, register_without_gradient
-
-_MOST_ROWS = 2**31 - 1  # boundaries are int32
+from ._boundaries import one_sequence, one_token_each
+from ._registration import empty_gradient, register_autocast, register_gradient, register_without_gradient, widened
 
 
 def selective_scan(
@@ -74,7 +73,7 @@ def selective_scan(
     The scan is Mamba's (arXiv 2312.00752), its discretisation with complex A S4's (2111.00396).
     """
     if cu_seqlens is None:
-        cu_seqlens = _one_sequence("selective_scan: u", u)
+        cu_seqlens = one_sequence("selective_scan: u", u)
     out, final_states = torch.ops.packseq.selective_scan(
         *(u, delta, A, B, C, cu_seqlens, D, z, delta_bias, initial_states),
         *(delta_softplus, reverse, return_final_states),
@@ -122,10 +121,10 @@ def causal_conv1d(
         ValueError, NotImplementedError: as :func:`selective_scan`.
     """
     if cu_seqlens is None:
-        cu_seqlens = _one_sequence("causal_conv1d: x", x)
+        cu_seqlens = one_sequence("causal_conv1d: x", x)
     silu = _is_silu("causal_conv1d", activation)
     out, final_states = torch.ops.packseq.causal_conv1d(
-        x, _widened(weight), cu_seqlens, _widened(bias), initial_states, silu, reverse, return_final_states
+        x, widened(weight), cu_seqlens, widened(bias), initial_states, silu, reverse, return_final_states
     )
     return (out, final_states) if return_final_states else out
 
@@ -164,7 +163,7 @@ def selective_scan_step(
         NotImplementedError: an argument requires a gradient (outside ``torch.no_grad()``): there is none.
     """
     if cu_seqlens is None:
-        cu_seqlens = _one_token_each("selective_scan_step: u", u)
+        cu_seqlens = one_token_each("selective_scan_step: u", u)
     return torch.ops.packseq.selective_scan_step(
         states, u, delta, A, B, C, cu_seqlens, indices, D, z, delta_bias, delta_softplus
     )
@@ -195,9 +194,9 @@ def causal_conv1d_step(
         ValueError, NotImplementedError: as :func:`selective_scan_step`.
     """
     if cu_seqlens is None:
-        cu_seqlens = _one_token_each("causal_conv1d_step: x", x)
+        cu_seqlens = one_token_each("causal_conv1d_step: x", x)
     silu = _is_silu("causal_conv1d_step", activation)
-    return torch.ops.packseq.causal_conv1d_step(states, x, _widened(weight), cu_seqlens, _widened(bias), indices, silu)
+    return torch.ops.packseq.causal_conv1d_step(states, x, widened(weight), cu_seqlens, widened(bias), indices, silu)
 
 
 def mamba_inner(
@@ -250,36 +249,17 @@ def mamba_inner(
         ValueError, NotImplementedError: as :func:`selective_scan`.
     """
     if cu_seqlens is None:
-        cu_seqlens = _one_sequence("mamba_inner: xz", xz)
+        cu_seqlens = one_sequence("mamba_inner: xz", xz)
     return torch.ops.packseq.mamba_inner(
-        *(xz, _widened(conv_weight), _widened(conv_bias), x_proj_weight, dt_proj_weight, out_proj_weight),
+        *(xz, widened(conv_weight), widened(conv_bias), x_proj_weight, dt_proj_weight, out_proj_weight),
         *(out_proj_bias, A, D, dt_bias, cu_seqlens, reverse),
     )[0]
-
-
-def _rows(name: str, x: Tensor) -> int:
-    total = x.shape[0] if x.dim() else 0  # a scalar is an error that the operator names
-    if total > _MOST_ROWS:
-        raise ValueError(f"{name} must have at most 2^31 - 1 rows where cu_seqlens is not given, got {total}")
-    return total
-
-
-def _one_sequence(name: str, x: Tensor) -> Tensor:
-    return torch.arange(2, dtype=torch.int32, device=x.device) * _rows(name, x)
-
-
-def _one_token_each(name: str, x: Tensor) -> Tensor:
-    return torch.arange(_rows(name, x) + 1, dtype=torch.int32, device=x.device)
 
 
 def _is_silu(operator: str, activation: str | None) -> bool:
     if activation not in (None, "silu"):
         raise ValueError(f'{operator}: activation must be None or "silu", got {activation!r}')
     return activation == "silu"
-
-
-def _widened(x: Tensor | None) -> Tensor | None:
-    return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 # ---- what comes out, without computing it

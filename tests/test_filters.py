@@ -1,0 +1,513 @@
+"""packseq.cauchy, vandermonde, their conjugate forms and transpose, s4_filter and s4d_filter: against complex128 and
+the dense models that the filters stand for, and as citizens of torch."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import longconv_reference as reference
+import packseq
+import pytest
+import torch
+from compare import assert_accurate, assert_same_bits
+from longconv_cases import FILTER_CASES, FILTERS, FILTERS_CPU_ONLY, FILTERS_ON_CPU, FilterCase
+from longconv_inputs import decaying, filter_inputs, s4_parameters
+from scan_inputs import Draw, Tensors, real, with_gradients
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+F32, F64, C64, C128 = torch.float32, torch.float64, torch.complex64, torch.complex128
+
+# ---- accuracy
+
+# A sum of terms that cancel keeps their rounding: so many ulps of their norm.
+ULPS_OF_TERMS = 4
+# In float64 the reference is plain torch itself, with phases of 1,500 radians and denominators near zero.
+OF_FLOAT64 = 2e-12
+MOST_AT_ONCE = 4_000_000  # terms that the reference holds
+ALONG = {"cauchy": "z", "cauchy_conj": "z", "vandermonde_transpose": "u"}  # as long as the steps themselves
+
+
+def ours(case: FilterCase) -> Callable[..., tuple[Tensor]]:
+    if case.operator.startswith("cauchy"):
+        return lambda v, w, z: (getattr(packseq, case.operator)(v, z, w),)
+    if case.operator == "s4_spectrum":
+        return lambda w, B, C, dt, P=None: (torch.ops.packseq.s4_spectrum(w, B, C, dt, case.length, P),)
+    if case.operator == "vandermonde_transpose":
+        return lambda u, x: (packseq.vandermonde_transpose(u, x),)
+    return lambda v, x: (getattr(packseq, case.operator)(v, x, case.length),)
+
+
+def plainly(case: FilterCase, tensors: Tensors, dout: Tensor) -> Tensors:
+    """The output and the gradients by plain torch, a part of the steps at a time."""
+    function, along = getattr(reference, case.operator), ALONG.get(case.operator)
+    sums_over_steps = case.operator == "vandermonde_transpose"
+    count = case.length // 2 + 1 if case.operator == "s4_spectrum" else case.length
+    first = next(iter(tensors.values()))
+    steps = torch.arange(count, device=first.device, dtype=first.dtype.to_real())
+    if case.operator == "s4_spectrum":
+        steps = 2 * math.pi * steps / case.length
+    size = max(1, MOST_AT_ONCE // (case.groups * case.rows * case.poles))
+    results: dict[str, list[Tensor]] = {}
+    for part in (slice(begin, begin + size) for begin in range(0, count, size)):
+        leaves = {name: (x[..., part] if name == along else x).detach().requires_grad_() for name, x in tensors.items()}
+        out = function(**leaves) if along == "z" else function(steps[part], **leaves)
+        grads = torch.autograd.grad(out, list(leaves.values()), dout if sums_over_steps else dout[..., part])
+        for name, x in (("out", out.detach()), *(("d" + n, g) for n, g in zip(leaves, grads, strict=True))):
+            results.setdefault(name, []).append(x)
+    in_parts = {"d" + along if along else ""} | (set() if sums_over_steps else {"out"})
+    return {name: torch.cat(x, -1) if name in in_parts else sum(x) for name, x in results.items()}
+
+
+def exactly(tensors: Tensors) -> Tensors:
+    return {name: x.to(C128 if x.is_complex() else F64) for name, x in tensors.items()}
+
+
+def rounded(tensors: Tensors, together: bool) -> Tensors:
+    """S4's exact parameters, each pole off by half an ulp of float32 as where dt w is rounded: all up, or each either
+    way."""
+    w, generator = tensors["w"], torch.Generator().manual_seed(0)
+    signs = torch.ones(w.shape) if together else torch.randint(0, 2, w.shape, generator=generator) * 2 - 1
+    return tensors | {"w": w * (1 + signs.to(w.device, F64) * torch.finfo(F32).eps / 2)}
+
+
+def check_filter(case: FilterCase, device: str) -> None:
+    tensors, dout = filter_inputs(case, device)
+    got = with_gradients(ours(case), tensors, {"out": dout})
+    theirs = plainly(case, tensors, dout)
+    tensors, dout = exactly(tensors), exactly({"": dout})[""]
+    exact = plainly(case, tensors, dout)
+    assert set(got) == set(exact)
+    floors, ulp = dict.fromkeys(exact, 0.0), torch.finfo(case.dtype).eps
+    if case.operator == "s4_spectrum":
+        for together in (False, True) if case.dtype == C64 else ():
+            for name, x in plainly(case, rounded(tensors, together), dout).items():
+                floors[name] = max(floors[name], (x - exact[name]).abs().max().item())
+        # dt stands beside every pole, and what it does there cancels.
+        terms = (exact["dw"] * tensors["w"]).abs().sum(-1) / tensors["dt"]
+        floors["ddt"] += max(ULPS_OF_TERMS * ulp, OF_FLOAT64 * (case.dtype == C128)) * terms.max().item()
+    for name in got:
+        relative = OF_FLOAT64 if case.dtype == C128 else ULPS_OF_TERMS * ulp * (name != "out")
+        parts = (real(results[name]) for results in (got, exact, theirs))
+        assert_accurate(name, *parts, relative=relative, floor=floors[name])
+
+
+@pytest.mark.parametrize("case", [*FILTERS_ON_CPU, *FILTERS_CPU_ONLY], ids=str)
+def test_accuracy_on_the_cpu(case):
+    check_filter(case, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", FILTER_CASES, ids=str)
+def test_accuracy_on_the_gpu(case):
+    check_filter(case, "cuda")
+
+
+def test_cases_have_names_of_their_own():
+    names = [str(case) for case in [*FILTER_CASES, *FILTERS_CPU_ONLY]]
+    assert len(set(names)) == len(names)
+
+
+# The grid and the rule by which the S4 repository tests its kernels: 4 rows, N of both halves, relative errors.
+GRID_LENGTHS = (3, 17, 489, 1024, 1047, 2048, 4096, 8192, 16_384, 262_144)
+GRID_POLES = (4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+@pytest.mark.parametrize("poles", GRID_POLES)
+@pytest.mark.parametrize("length", GRID_LENGTHS)
+def test_the_grid_of_the_s4_repository(device, poles, length):
+    if device == "cpu" and poles * length > 2**21:
+        pytest.skip("takes a CPU too long")
+    case = FilterCase("cauchy_conj", poles // 2, length, rows=4)
+    draw = Draw(case, device)
+    angle = draw(length, dtype=F32)
+    tensors = {"v": draw(4, poles // 2, dtype=C64), "w": draw(4, poles // 2, dtype=C64)}
+    tensors["z"] = torch.polar(torch.ones_like(angle), angle)
+    dout = draw(4, length, dtype=C64)
+    got = with_gradients(ours(case), tensors, {"out": dout})
+    theirs, exact = plainly(case, tensors, dout), plainly(case, exactly(tensors), dout.to(C128))
+
+    def error(x: Tensor, name: str) -> float:
+        return ((x - exact[name]).abs() / exact[name].abs()).max().item()
+
+    for name in ("out", "dv", "dw", "dz"):
+        assert error(got[name], name) <= 2 * error(theirs[name], name) + 1e-4, name
+
+
+def s4d_modes(device: str, rows: int, poles: int) -> Tensor:
+    """As a trained S4D has them, memories of thousands of steps among them."""
+    n = torch.arange(poles, device=device, dtype=F32)
+    dt = torch.logspace(-3, -1, rows, device=device)
+    return dt[:, None] * torch.complex(torch.full_like(n, -0.5), math.pi * n)
+
+
+@pytest.mark.parametrize("name", ["vandermonde", "vandermonde_conj"])
+def test_vandermonde_is_right_to_1e_6_of_its_terms_at_16_384(device, name):
+    """At every single step, however small the sum has become: phases of 10^5 and more are kept."""
+    x = s4d_modes(device, 3, 32)
+    v = torch.randn(3, 32, dtype=C64, generator=torch.Generator().manual_seed(0)).to(device)
+    got = getattr(packseq, name)(v, x, 16_384)
+    exact = getattr(reference, name)(torch.arange(16_384, device=device, dtype=F64), v.to(C128), x.to(C128))
+    of_terms = reference.vandermonde(torch.arange(16_384, device=device, dtype=F64), v.abs().double(), x.real.double())
+    assert ((got - exact).abs() <= 1e-6 * of_terms + 1e-37).all()
+
+
+def test_vandermonde_does_not_overflow_at_1_048_576(device):
+    length = 2**20
+    x = torch.tensor([[0, -1e-6 + 3j, -0.01j, -80 + 1j, -1e-3 + 3.14j]], dtype=C64, device=device)
+    v = torch.full_like(x, 2)
+    for function in (packseq.vandermonde, packseq.vandermonde_conj):
+        leaves = [t.clone().requires_grad_() for t in (v, x)]
+        out = function(*leaves, length)
+        assert out.isfinite().all()
+        for grad in torch.autograd.grad(out, leaves, torch.ones_like(out) / length):
+            assert grad.isfinite().all()
+    u = torch.ones(1, length, device=device, requires_grad=True)
+    out = packseq.vandermonde_transpose(u, x)
+    assert out.isfinite().all()
+    torch.testing.assert_close(out[0, 0].item(), complex(length), rtol=1e-6, atol=0)
+    assert torch.autograd.grad(out, u, torch.ones_like(out))[0].isfinite().all()
+    exact = reference.vandermonde_conj(torch.arange(length - 5, length, dtype=F64), v.cpu().to(C128), x.cpu().to(C128))
+    torch.testing.assert_close(packseq.vandermonde_conj(v, x, length)[:, -5:].cpu().double(), exact, rtol=0, atol=2e-5)
+
+
+# ---- gradients
+
+
+def leaves_of(case: FilterCase) -> tuple[Tensors, Callable]:
+    tensors, _ = filter_inputs(case, "cpu")
+    return {name: x.requires_grad_() for name, x in tensors.items()}, ours(case)
+
+
+@pytest.mark.parametrize(("poles", "length"), [(1, 1), (3, 2), (2, 7), (5, 12)])
+@pytest.mark.parametrize("operator", FILTERS)
+def test_gradcheck(operator, poles, length):
+    for rank, is_real in ((0, False), (1, True), (2, False)):
+        tensors, function = leaves_of(FilterCase(operator, poles, length, 2, 3, rank, is_real, C128))
+        names = list(tensors)
+        assert torch.autograd.gradcheck(
+            lambda *x, names=names, function=function: function(**dict(zip(names, x, strict=True)))[0],
+            list(tensors.values()),
+        )
+
+
+@pytest.mark.parametrize("conj", [False, True])
+def test_nodes_that_depend_on_a_parameter_have_a_gradient(device, conj):
+    """S4's own kernels give None for z."""
+    function = packseq.cauchy_conj if conj else packseq.cauchy
+    plain = reference.cauchy_conj if conj else reference.cauchy
+    draw = Draw(FilterCase("z", 4, 9), device)
+    v, w = draw(2, 4, dtype=C64), decaying(draw, 2, 4, dtype=C64) - 1
+    scale = torch.tensor(0.7, device=device, requires_grad=True)
+    nodes = 1j * torch.arange(9, device=device)
+    [got] = torch.autograd.grad(function(v, scale * nodes, w).abs().sum(), scale)
+    [expected] = torch.autograd.grad(plain(scale * nodes, v, w).abs().sum(), scale)
+    torch.testing.assert_close(got, expected)
+    assert got.abs() > 0.1
+
+
+@pytest.mark.parametrize("operator", FILTERS)
+def test_a_second_derivative_raises(device, operator):
+    tensors, _ = filter_inputs(FilterCase(operator, 3, 5, rank=1), device)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    out = ours(FilterCase(operator, 3, 5, rank=1))(**leaves)[0]
+    first = torch.autograd.grad(out.abs().square().sum(), list(leaves.values()), create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
+        torch.autograd.grad(sum(x.abs().square().sum() for x in first), list(leaves.values()))
+
+
+# ---- what the filters are
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 17, 64, 65])  # even ones have a Nyquist frequency, where o = -1
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("poles", [1, 2, 5])
+def test_s4_filter_is_the_dense_model(device, poles, rank, length):
+    draw = Draw(FilterCase("dense", poles, length, rank=rank), device)
+    tensors = s4_parameters(draw, 3, poles, rank, C64, 2)
+    exact = exactly(tensors)
+    Abar, Bbar = reference.dense_model(exact["w"], exact["B"], exact["dt"], exact.get("P"))
+    expected = torch.stack([reference.dense_filter(Abar, Bbar, C, length) for C in exact["C"]])
+    tensors["C"] = torch.stack([reference.c_tilde(Abar, C, length) for C in exact["C"]]).to(C64)
+    k = packseq.s4_filter(**tensors, length=length)
+    assert k.shape == (2, 3, length)
+    torch.testing.assert_close(k.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    one = packseq.s4_filter(**tensors | {"C": tensors["C"][1]}, length=length)
+    torch.testing.assert_close(one, k[1])
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+@pytest.mark.parametrize("poles", [1, 2, 5])
+def test_s4d_filter_is_the_dense_model(device, poles, discretization):
+    draw = Draw(FilterCase("diagonal", poles, 40), device)
+    tensors = s4_parameters(draw, 3, poles, 0, C64, 2)
+    exact = exactly(tensors)
+    model = reference.dense_model(exact["w"], exact["B"], exact["dt"], None, discretization == "zoh")
+    expected = torch.stack([reference.dense_filter(*model, C, 40) for C in exact["C"]])
+    tensors["A"] = tensors.pop("w")
+    k = packseq.s4d_filter(**tensors, length=40, discretization=discretization)
+    assert k.shape == (2, 3, 40)
+    torch.testing.assert_close(k.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    one = packseq.s4d_filter(**tensors | {"C": tensors["C"][1]}, length=40, discretization=discretization)
+    torch.testing.assert_close(one, k[1])
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+def test_s4d_modes_of_every_size(device, discretization):
+    """From A = 0, an integrator, on: values and gradients are float32's, where a quotient would have cancelled."""
+    sizes = [0, 1e-30, 1e-12, 1e-6, 1e-4, 0.01, 0.031, 0.0316, 0.3, 2, 40]
+    A = torch.tensor([[-s + 0.5j * s for s in sizes]], dtype=C64, device=device, requires_grad=True)
+    B, dt = torch.ones_like(A), torch.ones(1, device=device)
+    wide = A.detach().to(C128).requires_grad_()
+    half = wide / 2
+    x, Bbar = packseq.s4d_modes(A, B, dt, discretization=discretization)
+    if discretization == "zoh":
+        terms = [wide**n / float(math.factorial(n + 1)) for n in range(30)]
+        right_x, right = wide, torch.where(wide.abs() < 1, sum(terms), (torch.exp(wide) - 1) / (wide + 1e-99))
+    else:
+        right_x, right = torch.log1p(half) - torch.log1p(-half), 1 / (1 - half)
+    for got, expected in ((x, right_x), (Bbar, right)):
+        torch.testing.assert_close(got.to(C128), expected.to(C128), rtol=1e-6, atol=0)
+        [grad] = torch.autograd.grad(got.real.sum(), A, retain_graph=True)
+        [expected_grad] = torch.autograd.grad(expected.real.sum(), wide, retain_graph=True)
+        torch.testing.assert_close(grad.to(C128), expected_grad, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("poles", [1, 3, 8])  # odd counts of pairs too
+def test_conjugate_forms_are_both_halves(device, poles):
+    draw = Draw(FilterCase("halves", poles, 11), device)
+    v, w = draw(2, 3, poles, dtype=C64), decaying(draw, 3, poles, dtype=C64)
+    z = 1j * torch.linspace(-2, 2, 11, device=device)
+    both = [torch.cat([x, x.conj()], -1) for x in (v, w)]
+    torch.testing.assert_close(packseq.cauchy_conj(v, z, w - 1), packseq.cauchy(both[0], z, both[1] - 1))
+    torch.testing.assert_close(packseq.vandermonde_conj(v, w, 11), packseq.vandermonde(*both, 11).real)
+
+
+def test_numerators_share_a_denominator(device):
+    """Groups of v over one w: as if each had been called alone, the gradient of w summed."""
+    for operator in FILTERS:
+        case = FilterCase(operator, 6, 70, 4, 3, rank=1)
+        tensors, dout = filter_inputs(case, device)
+        grouped = {"C"} if operator == "s4_spectrum" else {"u"} if "transpose" in operator else {"v"}
+        together = with_gradients(ours(case), tensors, {"out": dout})
+        alone = [
+            with_gradients(
+                ours(case),
+                {n: x[g : g + 1] if n in grouped else x for n, x in tensors.items()},
+                {"out": dout[g : g + 1]},
+            )
+            for g in range(4)
+        ]
+        for name, x in together.items():
+            split = name == "out" or name[1:] in grouped
+            expected = torch.cat([one[name] for one in alone]) if split else sum(one[name] for one in alone)
+            torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_any_number_of_dimensions(device):
+    draw = Draw(FilterCase("dims", 4, 9), device)
+    z = draw(9, dtype=C64)
+    for groups, rows in (((), ()), ((2,), ()), ((), (3,)), ((2, 5), (3, 2)), ((1,), (1, 1))):
+        v, w = draw(*groups, *rows, 4, dtype=C64), decaying(draw, *rows, 4, dtype=C64) - 1
+        for got, expected in (
+            (packseq.cauchy(v, z, w), reference.cauchy(z, v, w)),
+            (packseq.cauchy_conj(v, z, w), reference.cauchy_conj(z, v, w)),
+            (packseq.vandermonde(v, w, 5), reference.vandermonde(torch.arange(5, device=device), v, w)),
+            (
+                packseq.vandermonde_transpose(v, w),
+                reference.vandermonde_transpose(torch.arange(4, device=device), v, w),
+            ),
+        ):
+            assert got.shape[:-1] == (*groups, *rows)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 4, 0)], ids=["groups", "rows", "nodes"])
+def test_empty_things_work(device, sizes):
+    groups, rows, poles, nodes = sizes
+    v = torch.ones(groups, rows, poles, dtype=C64, device=device, requires_grad=True)
+    w = torch.full((rows, poles), -1 + 1j, dtype=C64, device=device, requires_grad=True)
+    z = torch.zeros(nodes, dtype=C64, device=device, requires_grad=True)
+    calls = [(partial(f, v, z, w), [v, z, w]) for f in (packseq.cauchy, packseq.cauchy_conj)]
+    if nodes:
+        calls += [(partial(f, v, w, 3), [v, w]) for f in (packseq.vandermonde, packseq.vandermonde_conj)]
+        calls.append((partial(packseq.vandermonde_transpose, v, w), [v, w]))
+        dt = torch.ones(rows, device=device)
+        calls.append((lambda: packseq.s4_filter(w, w, v, dt, 3), [v, w]))
+    for call, leaves in calls:
+        out = call()
+        for grad, leaf in zip(torch.autograd.grad(out, leaves, torch.ones_like(out)), leaves, strict=True):
+            assert grad.shape == leaf.shape
+            assert (grad == 0).all()  # a sum over nothing
+
+
+def test_strides_and_lazy_conjugates_change_nothing(device):
+    for operator in FILTERS:
+        case = FilterCase(operator, 5, 21, 2, 3, rank=2)
+        tensors, dout = filter_inputs(case, device)
+        expected = with_gradients(ours(case), tensors, {"out": dout})
+        odd = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in tensors.items()}
+        got = with_gradients(ours(case), odd, {"out": dout.movedim(0, -1).contiguous().movedim(-1, 0)})
+        for name in expected:
+            assert_same_bits(f"{operator}: {name}", real(got[name]), real(expected[name]))
+        lazy = {name: x.conj().resolve_conj().conj() if x.is_complex() else x for name, x in tensors.items()}
+        assert_same_bits(operator, real(ours(case)(**lazy)[0]), real(expected["out"]))
+
+
+# ---- the same bits
+
+
+@pytest.mark.parametrize("operator", FILTERS)
+def test_every_run_gives_the_same_bits_whatever_the_threads(device, operator):
+    case = FilterCase(operator, 70, 1500, 2, 5, rank=1)
+    tensors, dout = filter_inputs(case, device)
+    expected = with_gradients(ours(case), tensors, {"out": dout})
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            got = with_gradients(ours(case), tensors, {"out": dout})
+            for name in expected:
+                assert_same_bits(f"{n} threads: {name}", real(got[name]), real(expected[name]))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("operator", FILTERS)
+def test_a_row_of_nan_stays_alone(device, operator):
+    case = FilterCase(operator, 6, 40, 1, 5, rank=1)
+    tensors, dout = filter_inputs(case, device)
+    clean = with_gradients(ours(case), tensors, {"out": dout})
+    sick = {name: x.clone() for name, x in tensors.items()}
+    rows = {"z"}
+    for name, x in sick.items():
+        if name not in rows:
+            (x if x.dim() == 1 else x.select(-2, 2)).fill_(math.nan) if x.dim() > 1 else x[2].fill_(math.nan)
+    got = with_gradients(ours(case), sick, {"out": dout})
+    others = torch.tensor([0, 1, 3, 4], device=device)
+    for name in clean:
+        if name == "dz":
+            continue  # a sum over all rows
+        dim = -1 if name == "ddt" else -2
+        healthy = [real(x[name].index_select(dim, others)) for x in (got, clean)]
+        assert_same_bits(f"{operator}: {name}", *healthy)
+
+
+# ---- PyTorch citizens
+
+
+def calls_of(device: str) -> list[tuple[Callable, list, list]]:
+    """Each forward and backward operator with its arguments."""
+    calls = []
+    for operator in FILTERS:
+        case = FilterCase(operator, 3, 8, 2, 3, rank=1)
+        tensors, dout = filter_inputs(case, device)
+        ops = torch.ops.packseq
+        if operator.startswith("cauchy"):
+            v, w, z = (tensors[name] for name in ("v", "w", "z"))
+            conj = operator.endswith("conj")
+            calls.append((ops.cauchy.default, [v, z, w, conj]))
+            calls += [(ops.cauchy_backward.default, [dout, v, z, w, conj, wants]) for wants in (False, True)]
+        elif operator == "s4_spectrum":
+            w, B, C, dt, P = tensors.values()
+            for low_rank in (None, P):
+                calls.append((ops.s4_spectrum.default, [w, B, C, dt, 8, low_rank]))
+                calls.append((ops.s4_spectrum_backward.default, [dout, w, B, C, dt, 8, low_rank]))
+        elif operator == "vandermonde_transpose":
+            for u in (tensors["u"], tensors["u"].real.contiguous()):
+                calls.append((ops.vandermonde_transpose.default, [u, tensors["x"]]))
+                calls.append((ops.vandermonde_transpose_backward.default, [dout, u, tensors["x"]]))
+        else:
+            v, x, conj = tensors["v"], tensors["x"], operator.endswith("conj")
+            calls.append((ops.vandermonde.default, [v, x, 8, conj]))
+            calls.append((ops.vandermonde_backward.default, [dout, v, x, 8, conj]))
+    return calls
+
+
+def test_opcheck(device):
+    for function, args in calls_of(device):
+        torch.library.opcheck(function, args)
+        if not function.name().endswith("_backward"):
+            leaves = [x.clone().requires_grad_() if isinstance(x, Tensor) else x for x in args]
+            torch.library.opcheck(function, leaves)
+
+
+def test_meta_tensors_know_the_results(device):
+    for function, args in calls_of(device):
+        real_results = function(*args)
+        results = function(*(x.to("meta") if isinstance(x, Tensor) else x for x in args))
+        real_results, results = ((x,) if isinstance(x, Tensor) else x for x in (real_results, results))
+        for meta, expected in zip(results, real_results, strict=True):
+            assert (meta.shape, meta.dtype, meta.stride()) == (expected.shape, expected.dtype, expected.stride())
+
+
+def whole_filters(w: Tensor, B: Tensor, C: Tensor, dt: Tensor, P: Tensor, length: int) -> Tensor:
+    return packseq.s4_filter(w, B, C, dt, length, P=P) + packseq.s4d_filter(w, B, C, dt, length)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_whole_with_lengths_that_change(device, backend):
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(whole_filters, fullgraph=True, backend=counter)
+    tensors = s4_parameters(Draw(FilterCase("compile", 4, 8), device), 3, 4, 1, C64, 2)
+    for length in (32, 45, 17, 96):
+        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
+        results = [f(**leaves, length=length) for f in (whole_filters, compiled)]
+        torch.testing.assert_close(results[1], results[0])
+        grads = [torch.autograd.grad(x.square().sum(), list(leaves.values())) for x in results]
+        for name, expected, got in zip(leaves, *grads, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item(), msg=name)
+    assert counter.frame_count <= 2, "recompiled more than once"
+
+
+def test_exports(device):
+    class Module(torch.nn.Module):
+        def forward(self, w, B, C, dt, P):
+            return whole_filters(w, B, C, dt, P, 24)
+
+    tensors = s4_parameters(Draw(FilterCase("export", 4, 8), device), 3, 4, 1, C64, 2)
+    program = torch.export.export(Module(), (), tensors)
+    torch.testing.assert_close(program.module()(**tensors), whole_filters(**tensors, length=24))
+
+
+def test_autocast_leaves_filters_alone(device):
+    tensors = s4_parameters(Draw(FilterCase("autocast", 4, 8), device), 3, 4, 1, C64)
+    expected = whole_filters(**tensors, length=24)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = whole_filters(**tensors, length=24)
+    assert_same_bits("k", got, expected)
+    half = packseq.s4_filter(tensors["w"], tensors["B"], tensors["C"], tensors["dt"].half(), 24)
+    assert half.dtype == F32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", FILTERS)
+def test_a_captured_graph_replays(operator):
+    case = FilterCase(operator, 33, 500, 2, 3, rank=2)
+    tensors, dout = filter_inputs(case, "cuda")
+    call = partial(with_gradients, ours(case), tensors, {"out": dout})
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for x in tensors.values():
+        x.mul_(0.75)
+    graph.replay()
+    for name, expected in call().items():
+        assert_same_bits(name, real(captured[name]), real(expected))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("operator", FILTERS)
+def test_cpu_and_gpu_agree(operator):
+    case = FilterCase(operator, 33, 500, 2, 3, rank=2)
+    tensors, dout = filter_inputs(case, "cpu")
+    on_cpu = with_gradients(ours(case), tensors, {"out": dout})
+    on_gpu = with_gradients(ours(case), {n: x.cuda() for n, x in tensors.items()}, {"out": dout.cuda()})
+    for name, expected in on_cpu.items():
+        limit = 1e-5 * expected.abs().max().item()
+        torch.testing.assert_close(on_gpu[name].cpu(), expected, rtol=1e-4, atol=limit, msg=lambda m, n=name: n + m)
