@@ -19,10 +19,10 @@ define say
 @printf '\n==> %s\n' "$(1)"
 endef
 
-.PHONY: help demo train-mamba test test-cpp test-python lint format bench build build-examples build-demo build-tests clean
+.PHONY: help demo train-mamba train-s4 test test-cpp test-python lint format bench build build-examples build-demo build-tests clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: build-demo  ## semantic search over the standard library's docstrings (QUERY="compress a file" asks your own)
 	$(call say,the demo)
@@ -31,6 +31,10 @@ demo: build-demo  ## semantic search over the standard library's docstrings (QUE
 train-mamba: build-examples  ## trains a small Mamba language model on the standard library's source (ARGS=--resume goes on)
 	$(call say,training a Mamba language model)
 	$(VENV)/bin/python examples/train_mamba.py $(ARGS)
+
+train-s4: build-examples  ## trains S4 to tell shapes apart pixel by pixel (ARGS="--layer h3", s4d; ARGS=--resume goes on)
+	$(call say,training S4 on long sequences)
+	$(VENV)/bin/python examples/train_s4.py $(ARGS)
 
 test: lint test-cpp test-python  ## style checks, C++ tests and Python tests
 

@@ -7,8 +7,6 @@ on from it, and ends with the same bits as a run that was never stopped (on the 
 
 import argparse
 import math
-import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -21,11 +19,11 @@ from packseq.nn import MambaConfig, MambaLM
 from search_report import progress
 from source_code import functions
 from torch import Tensor
+from training import Run, add_run_options, name_of, resume_from, settle, train
 from training_report import save_plot
 
 END = 0  # the byte that stands before a document, and after it: no text has it
 PROMPTS = [b"def ", b"def __init__(self, ", b"@property\ndef name(self):\n", b"async def "]
-SHAPING = ("steps", "batch_tokens", "longest", "d_model", "layers", "learning_rate", "seed")  # the same on resuming
 LIMIT = 1e-3  # of the difference between the losses packed and padded, in bits
 TURNS = 5
 
@@ -86,26 +84,21 @@ class Stream:
         return Batch.of(chosen, self.device)
 
 
-class Trainer:
-    """The model, its optimizer, its data and what was measured; all of it goes into a checkpoint and comes back."""
+class Trainer(Run):
+    """A run on a stream of documents, whose place goes into the checkpoint too."""
+
+    shaping = ("steps", "batch_tokens", "longest", "d_model", "layers", "learning_rate", "seed")
 
     def __init__(self, training: list[bytes], options: argparse.Namespace) -> None:
-        self.options, self.device = options, options.device
         torch.manual_seed(options.seed)
-        self.config = MambaConfig(vocab_size=256, hidden_size=options.d_model, num_hidden_layers=options.layers)
-        self.model = MambaLM(self.config).to(self.device)
-        self.stream = Stream(training, options.batch_tokens, options.seed, self.device)
+        config = MambaConfig(vocab_size=256, hidden_size=options.d_model, num_hidden_layers=options.layers)
+        model = MambaLM(config).to(options.device)
         # Norms, biases and the scan's own parameters do not decay.
-        decays = [p for p in self.model.parameters() if p.dim() > 1 and not hasattr(p, "_no_weight_decay")]
-        others = [p for p in self.model.parameters() if p.dim() <= 1 or hasattr(p, "_no_weight_decay")]
+        decays = [p for p in model.parameters() if p.dim() > 1 and not hasattr(p, "_no_weight_decay")]
+        others = [p for p in model.parameters() if p.dim() <= 1 or hasattr(p, "_no_weight_decay")]
         groups = [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95))
-        self.losses: list[float] = []
-        self.held_out: list[tuple[int, float]] = []
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
+        super().__init__(model, torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.95)), options)
+        self.stream = Stream(training, options.batch_tokens, options.seed, self.device)
 
     def loss(self, batch: Batch) -> Tensor:
         """In bits a byte. On a GPU matrix products are in bfloat16."""
@@ -114,62 +107,22 @@ class Trainer:
         return F.cross_entropy(logits.float(), batch.targets) / math.log(2)
 
     def advance(self) -> int:
-        """One step; how many tokens it had."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.learning_rate * self._schedule()
         batch = self.stream.next()
-        loss = self.loss(batch)
-        self.optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.losses.append(loss.item())
+        self.descend(self.loss(batch))
         return len(batch.ids)
-
-    def _schedule(self) -> float:
-        """Up over the first 20th of the steps, then down a half cosine to a tenth."""
-        warmup = max(1, self.options.steps // 20)
-        if self.step < warmup:
-            return (self.step + 1) / warmup
-        done = (self.step - warmup) / max(1, self.options.steps - warmup)
-        return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
 
     @torch.no_grad()
     def evaluate(self, batches: list[Batch]) -> None:
         bits = sum(self.loss(batch).item() * len(batch.ids) for batch in batches)
         self.held_out.append((self.step, bits / sum(len(batch.ids) for batch in batches)))
 
-    def save(self, file: Path) -> None:
-        gpu = self.device.type == "cuda"
-        state = {
-            "options": {name: getattr(self.options, name) for name in SHAPING},
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "stream": (self.stream.epoch, self.stream.place),
-            "losses": self.losses,
-            "held_out": self.held_out,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if gpu else None,
-        }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, file.with_suffix(".part"))
-        os.replace(file.with_suffix(".part"), file)  # never half a checkpoint
+    def state(self) -> dict[str, object]:
+        return super().state() | {"stream": (self.stream.epoch, self.stream.place)}
 
-    def restore(self, file: Path) -> None:
-        state = torch.load(file, map_location=self.device, weights_only=True)
-        for name, value in state["options"].items():
-            if getattr(self.options, name) != value:
-                flag = f"--{name.replace('_', '-')}"
-                sys.exit(
-                    f"{file} was trained with {flag} {value}: resume with the same, not {getattr(self.options, name)}"
-                )
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def restore(self, file: Path) -> dict[str, object]:
+        state = super().restore(file)
         self.stream.epoch, self.stream.place = state["stream"]
-        self.losses, self.held_out = state["losses"], [tuple(x) for x in state["held_out"]]
-        torch.set_rng_state(state["random"].cpu())
-        if state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
+        return state
 
 
 def pieces(documents: list[bytes], longest: int) -> list[bytes]:
@@ -178,45 +131,9 @@ def pieces(documents: list[bytes], longest: int) -> list[bytes]:
     return [text[i : i + size] for text in documents for i in range(0, len(text), size)]
 
 
-class Interrupt:
-    """Waits for Ctrl-C, so that a step is never cut in two; a second one is not waited for."""
-
-    def __enter__(self) -> "Interrupt":
-        self.came, self.before = False, signal.signal(signal.SIGINT, self._take)
-        return self
-
-    def _take(self, *_) -> None:
-        self.came = True
-        signal.signal(signal.SIGINT, self.before)
-
-    def __exit__(self, *_) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-
-def train(trainer: Trainer, held_out: list[Batch], options: argparse.Namespace) -> bool:
-    """Up to the last step, or --stop-at; False where Ctrl-C came first."""
-    file, last = options.folder / "checkpoint.pt", min(options.steps, options.stop_at or options.steps)
-    tokens, start = 0, time.perf_counter()
-
-    def note() -> str:
-        if not tokens:
-            return ""
-        recent = trainer.losses[-20:]
-        speed = tokens / (time.perf_counter() - start)
-        return f"{sum(recent) / len(recent):5.2f} bits a byte, {speed:9,.0f} tokens/s"
-
-    if trainer.step == 0:
-        trainer.evaluate(held_out)
-    with Interrupt() as interrupt:
-        for _ in progress(range(trainer.step, last), "training", last - trainer.step, note):
-            tokens += trainer.advance()
-            if trainer.step % options.save_every == 0 or trainer.step == options.steps:
-                trainer.evaluate(held_out)
-                trainer.save(file)
-            if interrupt.came:
-                break
-    trainer.save(file)
-    return not interrupt.came
+def bits_a_byte(trainer: Trainer) -> str:
+    recent = trainer.losses[-20:]
+    return f"{sum(recent) / len(recent):5.2f} bits a byte"
 
 
 def compare(trainer: Trainer, batches: list[Batch]) -> bool:
@@ -272,36 +189,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--d-model", type=int, metavar="N", help="width of the model (CPU: 128, GPU: 512)")
     parser.add_argument("--layers", type=int, metavar="N", help="(CPU: 4, GPU: 12)")
     parser.add_argument("--learning-rate", type=float, metavar="X", help="its peak (CPU: 4e-3, GPU: 1e-3)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and drawing (%(default)s)")
-    parser.add_argument("--device", type=torch.device, help="cpu or cuda (cuda where there is a GPU)")
-    parser.add_argument("--folder", type=Path, default=Path("demo/train_mamba"), help="for results (%(default)s)")
-    parser.add_argument(
-        "--save-every", type=int, default=100, metavar="N", help="steps between checkpoints (%(default)s)"
-    )
-    parser.add_argument("--stop-at", type=int, metavar="N", help="stop after step N, to be resumed")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the folder")
+    add_run_options(parser, "demo/train_mamba")
     parser.add_argument("--sample", type=int, default=300, metavar="N", help="bytes to generate (%(default)s)")
     options = parser.parse_args(arguments)
-    options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    gpu = options.device.type == "cuda"
     defaults = {"steps": (400, 2000), "batch_tokens": (4096, 65536), "d_model": (128, 512), "layers": (4, 12)}
-    for name, values in (defaults | {"learning_rate": (4e-3, 1e-3)}).items():
-        if getattr(options, name) is None:
-            setattr(options, name, values[gpu])
-    for name, least in (("steps", 1), ("longest", 2), ("batch_tokens", options.longest), ("save_every", 1)):
-        if getattr(options, name) < least:
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"{flag} must be at least {least}, got {getattr(options, name)}")
+    least = {"steps": 1, "longest": 2, "batch_tokens": options.longest, "save_every": 1}
+    settle(parser, options, defaults | {"learning_rate": (4e-3, 1e-3)}, least)
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    file = options.folder / "checkpoint.pt"
-    if options.resume and not file.exists():
-        sys.exit(f"There is no {file} to resume from")
-    gpu = options.device.type == "cuda"
-    where = torch.cuda.get_device_name(options.device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    resumed, where = resume_from(options), name_of(options.device)
     print("Reading the functions of the standard library", flush=True)
     documents = pieces(functions(), options.longest)
     held_out, training = documents[::50], [x for i, x in enumerate(documents) if i % 50]
@@ -311,20 +210,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
 
     trainer = Trainer(training, options)
-    if options.resume:
-        trainer.restore(file)
+    if resumed:
+        trainer.restore(resumed)
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"{count:,} parameters, {options.layers} layers of {options.d_model}, on {where}; from step {trainer.step}")
     test = Stream(held_out, options.batch_tokens, options.seed, options.device)
     test_batches = [test.next() for _ in range(4)]
-    uninterrupted = train(trainer, test_batches, options)
+    uninterrupted = train(trainer, lambda: trainer.evaluate(test_batches), lambda: bits_a_byte(trainer))
     if trainer.step < options.steps:
         print(f"\nStopped after {trainer.step} steps; the same command with --resume goes on from there.")
     for step, bits in trainer.held_out:
         print(f"  step {step:6,}: {bits:.3f} bits a byte on documents that it is not trained on")
     plot = options.folder / "loss.png"
-    save_plot(plot, trainer.losses, trainer.held_out, f"MambaLM of {count:,} parameters on {where}")
-    print(f"Loss curve: {plot}\nCheckpoint: {file}")
+    title = f"MambaLM of {count:,} parameters on {where}"
+    save_plot(plot, trainer.losses, trainer.held_out, title, "bits a byte", 8.2)
+    print(f"Loss curve: {plot}\nCheckpoint: {options.folder / 'checkpoint.pt'}")
     if trainer.step < options.steps:
         return 0 if uninterrupted else 130
     other = Stream(training, options.batch_tokens, options.seed + 1, options.device)

@@ -1,4 +1,4 @@
-"""How the training example shows what it learned: the loss curve."""
+"""How the training examples show what was learned: the curve over the steps."""
 
 from pathlib import Path
 
@@ -14,8 +14,10 @@ def smoothed(values: list[float], share: float = 0.02) -> list[float]:
     return out
 
 
-def save_plot(path: Path, losses: list[float], held_out: list[tuple[int, float]], title: str) -> None:
-    """Bits a byte over the steps: of each batch, their running mean, and of the documents that are not trained on."""
+def save_plot(
+    path: Path, values: list[float], held_out: list[tuple[int, float]], title: str, unit: str, highest: float
+) -> None:
+    """What was measured, over the steps: on each batch, the running mean, and on data that are not trained on."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -24,15 +26,15 @@ def save_plot(path: Path, losses: list[float], held_out: list[tuple[int, float]]
     path.parent.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY})
     figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    steps = range(1, len(losses) + 1)
-    axes.plot(steps, losses, color=GREY, linewidth=0.7, label="each batch")
-    axes.plot(steps, smoothed(losses), color=COLOUR, linewidth=1.8, label="running mean")
+    steps = range(1, len(values) + 1)
+    axes.plot(steps, values, color=GREY, linewidth=0.7, label="each batch")
+    axes.plot(steps, smoothed(values), color=COLOUR, linewidth=1.8, label="running mean")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o", color=INK, markersize=5, label="held out")
         axes.annotate(f" {held_out[-1][1]:.2f}", held_out[-1], textcoords="offset points", xytext=(4, 6), color=INK)
     axes.set_xlabel("step")
-    axes.set_ylabel("bits a byte")
-    axes.set_ylim(0, 8.2)
+    axes.set_ylabel(unit)
+    axes.set_ylim(0, highest)
     axes.set_title(title, loc="left", fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK, length=0)

@@ -1,5 +1,5 @@
-"""The parts of make demo and make train-mamba: their texts, their batches, that padded and packed are the same model,
-and that training goes on from a checkpoint as if it had not stopped."""
+"""The parts of make demo, make train-mamba and make train-s4: their texts, pictures and batches, that padded and packed
+are the same model, and that training goes on from a checkpoint as if it had not stopped."""
 
 import os
 import signal
@@ -129,10 +129,14 @@ def test_training_resumes_with_the_same_bits(training, tmp_path, capsys):
     torch.rand(5)  # what else draws numbers meanwhile
     assert training.main(tiny(in_parts, "--resume", "--stop-at", "4")) == 0
     assert training.main(tiny(in_parts, "--resume")) == 0
+    assert_same_checkpoints(at_once, in_parts)
+
+
+def assert_same_checkpoints(at_once: Path, in_parts: Path, steps: int = 6) -> None:
     whole, parts = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (at_once, in_parts))
-    assert len(whole["losses"]) == 6
+    assert len(whole["losses"]) == steps
     assert whole.keys() == parts.keys()
-    for name in ("losses", "held_out", "stream", "options"):
+    for name in whole.keys() - {"model", "optimizer", "random"}:
         assert whole[name] == parts[name]
     for name, x in whole["model"].items():
         assert_same_bits(name, parts["model"][name], x)
@@ -171,3 +175,66 @@ def test_padded_and_packed_documents_have_the_same_loss(training):
     padded = batch.padded()
     assert len(padded.ids) > len(batch.ids)
     torch.testing.assert_close(trainer.loss(padded), trainer.loss(batch), rtol=0, atol=1e-5)
+
+
+# ---- make train-s4
+
+
+def test_pictures_are_ragged_and_the_same_for_a_seed():
+    from shapes import CLASSES, LONGEST, SIDES, draw
+
+    pictures, again = draw(40, 5), draw(40, 5)
+    assert torch.equal(pictures.pixels, again.pixels)
+    assert not torch.equal(pictures.pixels[:1000], draw(40, 6).pixels[:1000])
+    lengths = pictures.cu_seqlens.diff()
+    assert (pictures.cu_seqlens[0], pictures.cu_seqlens[-1]) == (0, len(pictures.pixels))
+    assert SIDES[0] ** 2 <= lengths.min() < lengths.max() <= LONGEST
+    assert set(pictures.classes.tolist()) == set(range(len(CLASSES)))
+    for pixels in pictures.pixels.split(lengths.tolist()):
+        assert 30 < (pixels > 0.5).sum() < 500  # there is a line, and it is no more than that
+
+
+@pytest.fixture
+def pixels():
+    for name in ("numpy", "matplotlib"):
+        pytest.importorskip(name)
+    import train_s4
+
+    return train_s4
+
+
+def tiny_pixels(folder: Path, *more: str) -> list[str]:
+    sizes = "--steps 4 --pictures 3 --d-model 4 --layers 1 --save-every 2 --tests 5 --device cpu"
+    return [*sizes.split(), "--folder", str(folder), *more]
+
+
+@pytest.mark.parametrize("layer", ["s4", "s4d", "h3"])
+def test_pixels_resume_with_the_same_bits(pixels, tmp_path, capsys, layer):
+    at_once, in_parts = tmp_path / "at once", tmp_path / "in parts"
+    assert pixels.main(tiny_pixels(at_once, "--layer", layer)) == 0
+    assert "of 5 new pictures right" in capsys.readouterr().out
+    assert (at_once / "accuracy.png").stat().st_size > 1000
+    assert pixels.main(tiny_pixels(in_parts, "--layer", layer, "--stop-at", "1")) == 0
+    assert "Stopped after 1 steps; the same command with --resume" in capsys.readouterr().out
+    assert pixels.main(tiny_pixels(in_parts, "--layer", layer, "--resume")) == 0
+    assert_same_checkpoints(at_once, in_parts, steps=4)
+
+
+def test_pixels_refuse_what_does_not_fit(pixels, tmp_path):
+    with pytest.raises(SystemExit, match=r"There is no .*checkpoint.pt to resume from"):
+        pixels.main(tiny_pixels(tmp_path, "--resume"))
+    assert pixels.main(tiny_pixels(tmp_path, "--stop-at", "1")) == 0
+    with pytest.raises(SystemExit, match="was trained with --layer s4: resume with the same, not h3"):
+        pixels.main(tiny_pixels(tmp_path, "--resume", "--layer", "h3"))
+
+
+def test_a_picture_is_the_same_in_any_batch(pixels):
+    from shapes import draw
+
+    torch.manual_seed(0)
+    model, batch = pixels.Classifier("s4", 8, 2), draw(5, 1)
+    together = model(batch.pixels, batch.cu_seqlens)
+    lengths = batch.cu_seqlens.diff().tolist()
+    for alone, rows in zip(together, batch.pixels.split(lengths), strict=True):
+        own = torch.tensor([0, len(rows)], dtype=torch.int32)
+        torch.testing.assert_close(model(rows, own)[0], alone, rtol=0, atol=1e-4)
