@@ -147,13 +147,14 @@ struct FftTile {
   }
 
   // From z of x to z of the convolution of x with a filter, 4 kSize times as large. Upper halves are zero, and not
-  // wanted. filter: the filter's spectrum [kSlots, kLines, channels] of this channel; a channel that does not exist has
-  // none.
-  __device__ void convolve(float2 (&v)[kPoints], const float4* filter, int64_t channels, bool exists) const {
+  // wanted. find_filter() says where the filter's spectrum [kSlots, kLines, channels] of this channel is, and how many
+  // channels there are; a channel that does not exist has none.
+  template <class FindFilter>
+  __device__ void convolve(float2 (&v)[kPoints], bool exists, const FindFilter& find_filter) const {
     forward_to_pairs<true>(v);
     const FftTile tile = renewed();
-    const int64_t next = kLines * opaque(channels, shared);
-    filter += tile.j * channels;
+    auto [filter, next] = find_filter();
+    filter += int64_t(tile.j) * next, next *= kLines;
     const Shifts shifts = tile.shifts();
 #pragma unroll
     for (int i = 0; i < kSlots; ++i) {

@@ -23,15 +23,13 @@ __device__ void sum_chunk(const GradientParams& p, float4* shared, int c, int64_
   const Plan& plan = *p.shape.plan;
 #pragma unroll
   for (int i = 0; i < Tile::kSlots; ++i) sums[i * stride] = {};
-  const ConvCall of_x = {.input = p.input, .pre_gate = p.pre_gate, .reverse = p.reverse};
-  const ConvCall of_dy = {.input = p.dout, .pre_gate = p.gate, .reverse = p.reverse};
   const int64_t end = min((chunk + 1) * kChunkSequences, int64_t(plan.count[c]));
   for (int64_t at = chunk * kChunkSequences; at < end; ++at) {
-    const Piece piece = Piece::of(p.shape, p.shape.list[plan.first[c] + at], channel, p.reverse, 0, Tile::kSize);
+    const Piece piece = Piece::of(p.shape, p.shape.list[plan.first[c] + at], channel, p.x.reverse, 0, Tile::kSize);
     float2 x[kPoints], dy[kPoints];
-    load_rows<T>(tile, of_x, piece, x);
+    load_rows<T>(tile, opaque(p).x, piece, x);
     tile.template forward<true>(x);
-    load_rows<T>(tile, of_dy, piece, dy);
+    load_rows<T>(tile, opaque(p).dy, piece, dy);
     tile.wait();
     tile.template forward<true>(dy);
 #pragma unroll
@@ -56,21 +54,21 @@ __device__ void sum_directly(const GradientParams& p, int64_t chunk, int64_t cha
   float sums[kBlockLags] = {};
   const int64_t end = min((chunk + 1) * plan.chunk_rows[0], int64_t(plan.count[0]));
   for (int64_t at = chunk * plan.chunk_rows[0]; at < end; ++at) {
-    const Piece piece = Piece::of(p.shape, p.shape.list[plan.first[0] + at], channel, p.reverse, 0, kDirectRows);
+    const Piece piece = Piece::of(p.shape, p.shape.list[plan.first[0] + at], channel, p.x.reverse, 0, kDirectRows);
     const int blocks = (piece.rows + kLagBlock - 1) / kLagBlock;
-    const auto load = [&](const Rows& rows, const Rows& gates, int block, float(&v)[kLagBlock]) {
-      const Signal<const T> signal(rows, piece, p.reverse), gate(gates, piece, p.reverse);
+    const auto load = [&](const ConvCall& call, int block, float(&v)[kLagBlock]) {
+      const Signal<const T> signal(call.input, piece, call.reverse), gate(call.pre_gate, piece, call.reverse);
 #pragma unroll
       for (int i = 0; i < kLagBlock; ++i) {
         const int t = block * kLagBlock + i;
         v[i] = t < piece.rows ? signal(t) : 0.f;
-        if (gates.data && t < piece.rows) v[i] *= gate(t);
+        if (call.pre_gate.data && t < piece.rows) v[i] *= gate(t);
       }
     };
     for (int in = max(0, -distance); in < blocks && in + distance < blocks; ++in) {
       float x[kLagBlock], dy[kLagBlock];
-      load(p.input, p.pre_gate, in, x);
-      load(p.dout, p.gate, in + distance, dy);
+      load(p.x, in, x);
+      load(p.dy, in + distance, dy);
 #pragma unroll
       for (int i = 0; i < kLagBlock; ++i) {
 #pragma unroll
@@ -97,14 +95,15 @@ __global__ void __launch_bounds__(256, 1) gradient_kernel(const __grid_constant_
     using Tile = GradientTile<size_of_class(c)>;
     const int chunks = shape.plan->chunks[c];
     if (chunks == 0) return;
-    const uint32_t tiles = shape.tiles(Tile::kChannels);
-    for_items(shared, unit, chunks * tiles, Tile::kThreads,
-              [&](uint32_t item) { sum_chunk<T, Tile>(p, shared, c, item / tiles, item % tiles); });
-    __syncthreads();
+    for_items<Tile::kThreads>(shared, unit, chunks * shape.tiles(Tile::kChannels), [&](uint32_t item) {
+      const GradientParams& q = opaque(p);
+      const uint32_t tiles = q.shape.tiles(Tile::kChannels);
+      sum_chunk<T, Tile>(q, shared, c, item / tiles, item % tiles);
+    });
   });
   const int distances = p.two_sided ? kLagGroups : kLagBlocks, first = p.two_sided ? 1 - kLagBlocks : 0;
   const uint32_t tiles = shape.tiles(32);
-  for_items(shared, unit, shape.plan->chunks[0] * tiles * distances, 32, [&](uint32_t item) {
+  for_items<32>(shared, unit, shape.plan->chunks[0] * tiles * distances, [&](uint32_t item) {
     const int64_t channel = item / distances % tiles * int64_t(32) + threadIdx.x % 32;
     sum_directly<T>(p, item / distances / tiles, channel, first + int(item % distances));
   });

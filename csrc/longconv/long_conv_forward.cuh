@@ -10,16 +10,24 @@
 namespace packseq::longconv {
 namespace {
 
+struct FilterPlace {
+  const float4* at;
+  int32_t channels;  // fewer than 2^24
+};
+
 template <class T, class Tile>
-__device__ void convolve_sequence(const ConvParams& p, float4* shared, int c, int64_t sequence, int64_t channel_tile) {
+__device__ void convolve_sequence(const ConvParams& p, float4* shared, int c, int64_t sequence, int channel_tile) {
   const Tile tile(shared, p.shape.table);
-  const int64_t channels = p.shape.channels, channel = channel_tile * Tile::kChannels + tile.channel;
+  const int64_t channel = int64_t(channel_tile) * Tile::kChannels + tile.channel;
   const Piece piece = Piece::of(p.shape, sequence, channel, p.call.reverse, 0, Tile::kSize);
   float2 v[kPoints];
   load_rows<T>(tile, p.call, piece, v);
-  const float4* const spectrum = p.spectra + spectrum_begin(c) / 2 * channels + channel;
-  tile.convolve(v, spectrum, channels, piece.rows > 0);
-  finish_rows<T>(tile, p.call, piece, channels, v);
+  tile.convolve(v, piece.rows > 0, [&] {
+    const ConvParams& q = opaque(p);
+    return FilterPlace{q.spectra + spectrum_begin(c) / 2 * q.shape.channels + piece.channel, int32_t(q.shape.channels)};
+  });
+  const ConvParams& q = opaque(p);
+  finish_rows<T>(tile, q.call, piece, q.shape.channels, v);
 }
 
 // One warp, a channel a lane. Each output is a sum over the inputs in the order of time.
@@ -108,15 +116,15 @@ __global__ void __launch_bounds__(512, 1) convolve_kernel(const __grid_constant_
     using Tile = ConvTile<size_of_class(c)>;
     const int count = shape.plan->count[c];
     if (count == 0) return;
-    const uint32_t tiles = shape.tiles(Tile::kChannels);
-    for_items(shared, unit, count * tiles, Tile::kThreads, [&](uint32_t item) {
-      const int64_t sequence = shape.list[shape.plan->first[c] + item / tiles];
-      convolve_sequence<T, Tile>(p, shared, c, sequence, item % tiles);
+    for_items<Tile::kThreads>(shared, unit, count * shape.tiles(Tile::kChannels), [&](uint32_t item) {
+      const ConvParams& q = opaque(p);
+      const uint32_t tiles = q.shape.tiles(Tile::kChannels);
+      const int64_t sequence = q.shape.list[q.shape.plan->first[c] + item / tiles];
+      convolve_sequence<T, Tile>(q, shared, c, sequence, item % tiles);
     });
-    __syncthreads();  // the next class lays the shared memory out anew
   });
   const uint32_t tiles = shape.tiles(32);
-  for_items(shared, unit, shape.plan->count[0] * tiles, 32, [&](uint32_t item) {
+  for_items<32>(shared, unit, shape.plan->count[0] * tiles, [&](uint32_t item) {
     convolve_directly<T>(p, shared, shape.list[shape.plan->first[0] + item / tiles], item % tiles);
   });
 }

@@ -22,11 +22,11 @@ struct ConvParams {
   bool two_sided;
 };
 
-// The filter's gradient, as sums over the sequences of a chunk: of x = pre_gate input and dy = gate dout.
+// The filter's gradient, as sums over the sequences of a chunk.
 struct GradientParams {
   Shape shape;
-  Rows input, pre_gate, dout, gate;
-  bool reverse, two_sided;
+  ConvCall x, dy;  // of which only the inputs and what gates them are read
+  bool two_sided;
   float* direct_sums;  // [chunks, kLagGroups, kBlockLags, channels]
   float4* sums;        // class by class, each [chunks, kSlots, lines, channels]
 };

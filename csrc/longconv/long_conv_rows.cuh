@@ -18,9 +18,8 @@ struct Piece {
   __device__ static Piece of(const Shape& shape, int64_t sequence, int64_t channel, bool reverse, int64_t begin,
                              int64_t most) {
     const Span span = span_of(shape.cu_seqlens, shape.sequences, shape.total, sequence);
-    const int64_t rows = min(span.size() - begin, most);
-    return {reverse ? span.end - 1 - begin : span.begin + begin, int32_t(channel),
-            channel < shape.channels ? int32_t(rows) : 0};
+    const int64_t rows = channel < shape.channels ? min(span.size() - begin, most) : 0;
+    return {reverse ? span.end - 1 - begin : span.begin + begin, int32_t(channel), int32_t(rows)};
   }
 };
 
@@ -31,9 +30,8 @@ struct Signal {
   int64_t step;
 
   __device__ Signal(const void* data, int64_t stride, const Piece& piece, bool reverse)
-      : step(reverse ? -stride : stride) {
-    first = const_cast<T*>(static_cast<const T*>(data)) + piece.row * (reverse ? -step : step) + piece.channel;
-  }
+      : first(const_cast<T*>(static_cast<const T*>(data)) + piece.row * stride + piece.channel),
+        step(reverse ? -stride : stride) {}
   __device__ Signal(const Rows& rows, const Piece& piece, bool reverse)
       : Signal(rows.data, rows.token, piece, reverse) {}
   __device__ float operator()(int32_t t) const { return float(__ldg(first + t * step)); }

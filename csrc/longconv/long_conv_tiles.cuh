@@ -42,16 +42,20 @@ __device__ __forceinline__ void for_classes(int fft_classes, const F& f) {
 }
 
 // f(item) for those of `items` that are this team's turn. A block of threads takes as many at a time as it has teams of
-// `threads` threads, beginning with its place `unit` and in steps of the grid; `unit` becomes its place among what
-// comes after these items.
-template <class F>
-__device__ __forceinline__ void for_items(float4* shared, uint32_t& unit, uint32_t items, int threads, const F& f) {
-  const uint32_t teams = blockDim.x / threads, units = (items + teams - 1) / teams;
-  for (; unit < units; unit += gridDim.x) {
-    const uint32_t item = unit * teams + opaque(int(threadIdx.x), shared) / threads;
-    if (item < items) f(item);
+// kThreads threads, beginning with its place `unit` and in steps of the grid; `unit` becomes its place among what comes
+// after these items. The block's threads come in together. Where the loop stands is kept beside opaque()'s zero.
+template <int kThreads, class F>
+__device__ __forceinline__ void for_items(float4* shared, uint32_t& unit, uint32_t items, const F& f) {
+  volatile uint32_t* const kept = reinterpret_cast<volatile uint32_t*>(shared - 1) + 1;
+  const uint32_t teams = blockDim.x / kThreads;
+  __syncthreads();  // what came before laid the shared memory out otherwise
+  if (threadIdx.x == 0) *kept = items;
+  __syncthreads();
+  for (; unit * (blockDim.x / kThreads) < *kept; unit += gridDim.x) {
+    const uint32_t item = unit * (blockDim.x / kThreads) + opaque(int(threadIdx.x), shared) / kThreads;
+    if (item < *kept) f(item);
   }
-  unit -= units;
+  unit -= (*kept + teams - 1) / teams;
 }
 
 // The class that blocks of longer sequences have: by how much shared memory a block of threads can have.
