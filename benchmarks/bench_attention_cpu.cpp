@@ -1,18 +1,14 @@
 // Attention on the CPU through the C++ API, over attention_cases.txt: GFLOP/s, GB/s and the part of a measured FMA
 // peak.
-#include <benchmark/benchmark.h>
-
-#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <map>
 #include <random>
-#include <set>
 
 #include "attention/attention.h"
 #include "attention_cases.h"
+#include "cpu_benchmark.h"
 #include "cpu_peak.h"
-#include "cpu_threads.h"
 
 namespace packseq::bench {
 namespace {
@@ -92,51 +88,31 @@ double cpu_peak(int threads) {
   return peak->second;
 }
 
-void attention(benchmark::State& state, const Case& c, Dtype dtype, bool backward, int threads) {
-  thread_count() = threads;
-  const double peak = cpu_peak(threads);
+void attention(benchmark::State& state, const Case& c, Dtype dtype, bool backward) {
+  const double peak = cpu_peak(thread_count());
   const Executor executor = threads_executor();
   Tensors tensors(c, dtype);
   attention_forward(tensors.forward, executor);
-  const auto begin = std::chrono::steady_clock::now();
-  for (auto _ : state) {
-    if (backward) {
-      attention_backward(tensors.backward, executor);
-    } else {
-      attention_forward(tensors.forward, executor);
-    }
-    benchmark::ClobberMemory();
-  }
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
-  const double flops = c.flops(backward) * double(state.iterations());
-  const double bytes = c.bytes(backward, size_of(dtype)) * double(state.iterations());
-  state.counters["FLOP"] = benchmark::Counter(flops, benchmark::Counter::kIsRate);
-  state.counters["bytes"] = benchmark::Counter(bytes, benchmark::Counter::kIsRate);
-  state.counters["peak_%"] = 100 * flops / seconds.count() / peak;
+  const double seconds = repeat(state, [&] {
+    backward ? attention_backward(tensors.backward, executor) : attention_forward(tensors.forward, executor);
+  });
+  add_rate(state, "FLOP", c.flops(backward));
+  add_rate(state, "bytes", c.bytes(backward, size_of(dtype)));
+  state.counters["peak_%"] = 100 * c.flops(backward) * double(state.iterations()) / seconds / peak;
 }
 
-void add_benchmarks(int all_threads) {
-  for (const Case& c : attention_cases("cpu")) {
-    for (bool backward : {false, true}) {
-      for (Dtype dtype : {Dtype::f32, Dtype::bf16}) {
-        for (int threads : std::set{1, all_threads}) {
-          const std::string name = c.name + (backward ? " backward " : " forward ") + name_of(dtype) + " " +
-                                   std::to_string(threads) + (threads == 1 ? " thread" : " threads");
-          benchmark::RegisterBenchmark(name.c_str(), attention, c, dtype, backward, threads)
-              ->UseRealTime()
-              ->Unit(benchmark::kMillisecond);
-        }
-      }
-    }
-  }
+void add_benchmarks() {
+  for (const Case& c : attention_cases("cpu"))
+    for (const bool backward : {false, true})
+      for (const Dtype dtype : {Dtype::f32, Dtype::bf16})
+        add_benchmark_by_threads(c.name + (backward ? " backward " : " forward ") + name_of(dtype),
+                                 [=](benchmark::State& state) { attention(state, c, dtype, backward); });
 }
 
 }  // namespace
 }  // namespace packseq::bench
 
 int main(int argc, char** argv) {
-  packseq::bench::add_benchmarks(packseq::bench::thread_count());
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  benchmark::RunSpecifiedBenchmarks();
+  packseq::bench::add_benchmarks();
+  return packseq::bench::run_benchmarks(argc, argv);
 }

@@ -2,6 +2,7 @@
 // copy reaches.
 #include <algorithm>
 
+#include "case_lengths.h"
 #include "conv1d_cases.h"
 #include "device_memory.cuh"
 #include "gpu_report.cuh"

@@ -1,13 +1,11 @@
 // The filters and the S4 step on the CPU through the C++ API: pairs of a pole and a node (a step, a token) a second,
 // at S4's sizes.
-#include <benchmark/benchmark.h>
-
 #include <cmath>
 #include <functional>
 #include <string>
 #include <vector>
 
-#include "cpu_threads.h"
+#include "cpu_benchmark.h"
 #include "longconv/filters.h"
 #include "longconv/s4_step.h"
 
@@ -115,18 +113,12 @@ Call step_call(Tensors& t, std::vector<int32_t>& cu, std::vector<float>& pool, i
           double(sequences * tokens * t.rows) * kPoles, run};
 }
 
-void measure(benchmark::State& state, const Call& call, int threads) {
-  thread_count() = threads;
-  const Executor executor = threads_executor();
-  for (auto _ : state) {
-    call.run(executor);
-    benchmark::ClobberMemory();
-  }
-  state.counters["pairs"] = benchmark::Counter(call.pairs * double(state.iterations()), benchmark::Counter::kIsRate);
+void measure(benchmark::State& state, const Call& call) {
+  repeat(state, [&, executor = threads_executor()] { call.run(executor); });
+  add_rate(state, "pairs", call.pairs);
 }
 
 void add_benchmarks() {
-  const int all = thread_count();
   static Tensors small(256, 4096, 1), large(64, 16384, 1);
   static std::vector<int32_t> boundaries[3];
   static std::vector<float> pools[3];
@@ -136,12 +128,9 @@ void add_benchmarks() {
   calls.push_back(step_call(small, boundaries[0], pools[0], 1, 1));
   calls.push_back(step_call(small, boundaries[1], pools[1], 64, 1));
   calls.push_back(step_call(small, boundaries[2], pools[2], 4, 1024));
-  for (const Call& call : calls)
-    for (const int threads : {1, all}) {
-      const std::string name = call.name + " threads " + std::to_string(threads);
-      benchmark::RegisterBenchmark(name.c_str(), measure, call, threads)->UseRealTime()->Unit(benchmark::kMillisecond);
-      if (all == 1) break;
-    }
+  for (const Call& call : calls) {
+    add_benchmark_by_threads(call.name, [=](benchmark::State& state) { measure(state, call); });
+  }
 }
 
 }  // namespace
@@ -149,7 +138,5 @@ void add_benchmarks() {
 
 int main(int argc, char** argv) {
   packseq::bench::add_benchmarks();
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  benchmark::RunSpecifiedBenchmarks();
+  return packseq::bench::run_benchmarks(argc, argv);
 }

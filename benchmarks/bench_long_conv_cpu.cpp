@@ -1,12 +1,10 @@
 // The long convolution on the CPU through the C++ API: filters as long as the longest sequence. Rates count a
 // multiplication and an addition for each token, channel and halving of its sequence.
-#include <benchmark/benchmark.h>
-
 #include <algorithm>
 #include <cmath>
 
-#include "conv1d_cases.h"
-#include "cpu_threads.h"
+#include "case_lengths.h"
+#include "cpu_benchmark.h"
 #include "longconv/longconv.h"
 
 namespace packseq::bench {
@@ -60,25 +58,18 @@ struct Tensors {
   LongConvBackward backward;
 };
 
-void long_conv(benchmark::State& state, const LongConvCase& c, bool is_backward, int threads) {
-  thread_count() = threads;
+void long_conv(benchmark::State& state, const LongConvCase& c, bool is_backward) {
   const Executor executor = threads_executor();
   Tensors tensors(c);
-  for (auto _ : state) {
-    if (is_backward) {
-      long_conv_backward(tensors.backward, executor);
-    } else {
-      long_conv_forward(tensors.forward, executor);
-    }
-    benchmark::ClobberMemory();
-  }
+  repeat(state, [&] {
+    is_backward ? long_conv_backward(tensors.backward, executor) : long_conv_forward(tensors.forward, executor);
+  });
   double work = 0;
   for (const int length : c.lengths) work += 2.0 * length * std::log2(std::max(2, length)) * c.channels;
-  state.counters["rate"] = benchmark::Counter(work * double(state.iterations()), benchmark::Counter::kIsRate);
+  add_rate(state, "rate", work);
 }
 
 void add_benchmarks() {
-  const int all = thread_count();
   for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
     const std::vector<LongConvCase> cases = {
         {"8x1024 D256", std::vector<int>(8, 1024), 256, dtype},
@@ -89,14 +80,8 @@ void add_benchmarks() {
     };
     for (const LongConvCase& c : cases)
       for (const bool is_backward : {false, true})
-        for (const int threads : {1, all}) {
-          const std::string name = c.name + " " + name_of(dtype) + (is_backward ? " backward" : " forward") +
-                                   " threads " + std::to_string(threads);
-          benchmark::RegisterBenchmark(name.c_str(), long_conv, c, is_backward, threads)
-              ->UseRealTime()
-              ->Unit(benchmark::kMillisecond);
-          if (all == 1) break;
-        }
+        add_benchmark_by_threads(c.name + " " + name_of(dtype) + (is_backward ? " backward" : " forward"),
+                                 [=](benchmark::State& state) { long_conv(state, c, is_backward); });
   }
 }
 
@@ -105,7 +90,5 @@ void add_benchmarks() {
 
 int main(int argc, char** argv) {
   packseq::bench::add_benchmarks();
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  benchmark::RunSpecifiedBenchmarks();
+  return packseq::bench::run_benchmarks(argc, argv);
 }

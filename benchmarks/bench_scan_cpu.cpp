@@ -1,13 +1,11 @@
 // The selective scan on the CPU through the C++ API: tokens/s, and steps/s, where a step is one state of one channel at
 // one token.
-#include <benchmark/benchmark.h>
-
 #include <cstring>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "cpu_threads.h"
+#include "cpu_benchmark.h"
 #include "scan/scan.h"
 
 namespace packseq::bench {
@@ -112,14 +110,10 @@ struct ScanBatch {
 void scan(benchmark::State& state, const ScanShape& shape, void (ScanBatch::*call)(const Executor&)) {
   const Executor executor = threads_executor();
   ScanBatch batch(shape);
-  for (auto _ : state) {
-    (batch.*call)(executor);
-    benchmark::ClobberMemory();
-  }
-  const double tokens = double(batch.cu.back()) * double(state.iterations());
-  state.counters["tokens"] = benchmark::Counter(tokens, benchmark::Counter::kIsRate);
-  state.counters["steps"] =
-      benchmark::Counter(tokens * double(shape.channels * shape.states), benchmark::Counter::kIsRate);
+  repeat(state, [&] { (batch.*call)(executor); });
+  const double tokens = double(batch.cu.back());
+  add_rate(state, "tokens", tokens);
+  add_rate(state, "steps", tokens * double(shape.channels * shape.states));
 }
 
 // Documents of very different lengths that hold as many tokens as the even batch.
@@ -135,9 +129,7 @@ std::vector<int> mixed_lengths(int tokens) {
 
 void add_benchmarks() {
   const auto add = [](const std::string& what, const ScanShape& shape, void (ScanBatch::*call)(const Executor&)) {
-    benchmark::RegisterBenchmark((what + " " + shape.name).c_str(), scan, shape, call)
-        ->UseRealTime()
-        ->Unit(benchmark::kMillisecond);
+    add_benchmark_by_threads(what + " " + shape.name, [=](benchmark::State& state) { scan(state, shape, call); });
   };
   const std::vector<int> even = {1024, 1024};
   for (const ScanShape& shape : {ScanShape{"f32 B2 L1024 D512 N16", even, 512, 16},
@@ -160,7 +152,5 @@ void add_benchmarks() {
 
 int main(int argc, char** argv) {
   packseq::bench::add_benchmarks();
-  benchmark::Initialize(&argc, argv);
-  if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
-  benchmark::RunSpecifiedBenchmarks();
+  return packseq::bench::run_benchmarks(argc, argv);
 }

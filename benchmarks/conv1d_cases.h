@@ -1,9 +1,7 @@
 // The benchmarks' cases of the causal convolution: width 4, bias and SiLU, as Mamba calls it.
 #pragma once
-#include <cmath>
 #include <cstdint>
 #include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -43,21 +41,5 @@ struct Conv1dCase {
             .initial_states = nullptr};
   }
 };
-
-// `count` lengths, `total` in all, spread as exp(0.8 z) is for a normal z: the same on every machine.
-inline std::vector<int> log_normal_lengths(int count, int total) {
-  std::mt19937 random(1);
-  std::vector<double> weights;
-  for (int i = 0; i < count; ++i) {
-    double z = -6;  // twelve uniform numbers less their mean
-    for (int j = 0; j < 12; ++j) z += double(random()) * 0x1p-32;
-    weights.push_back(std::exp(0.8 * z));
-  }
-  const double sum = std::accumulate(weights.begin(), weights.end(), 0.0);
-  std::vector<int> lengths;
-  for (double w : weights) lengths.push_back(int(w * total / sum));
-  lengths.back() += total - std::accumulate(lengths.begin(), lengths.end(), 0);
-  return lengths;
-}
 
 }  // namespace packseq::bench

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +15,10 @@ from search_report import progress
 from torch import nn
 
 
-class Run:
+class Run(ABC):
     """A model, its optimizer and what was measured; all of it goes into a checkpoint and comes back.
 
-    A subclass gives ``advance()``, one step, which appends to ``losses`` and returns how many tokens it had. In
-    ``held_out`` stand pairs of a step and what was measured then on data that are not trained on.
+    In ``held_out`` stand pairs of a step and what was measured then on data that are not trained on.
     """
 
     shaping: tuple[str, ...] = ()  # the options that must be the same on resuming
@@ -33,8 +33,9 @@ class Run:
     def step(self) -> int:
         return len(self.losses)
 
+    @abstractmethod
     def advance(self) -> int:
-        raise NotImplementedError
+        """One step, which appends to ``losses``; how many tokens it had."""
 
     def descend(self, loss: torch.Tensor) -> None:
         """One step of the optimizer, with the rate that the schedule has for it."""

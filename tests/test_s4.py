@@ -138,7 +138,7 @@ def test_filters_of_any_length_are_of_the_same_model(name):
     limit = 1e-8 * before.abs().max().item()
     for length in (1, 17, 1047, 4096, L_MAX):
         layer.set_length(length)
-        assert layer.l_max == layer.ssm.filter_length == length
+        assert layer.l_max == layer.ssm.length == length
         torch.testing.assert_close(layer.ssm.output_rows(), C, rtol=0, atol=1e-8)
         shared = min(length, L_MAX)
         assert layer.filters(length).shape[-1] == length

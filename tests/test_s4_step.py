@@ -168,20 +168,20 @@ def indices(device: str, *values: int) -> Tensor:
 def test_negative_indices_skip(device):
     step, pool, _ = step_and_pool(device)
     before, whole = pool.clone(), pool.clone()
-    expected = step(whole, state_indices=indices(device, 3, 5, 1, 0))
-    out = step(pool, state_indices=indices(device, 3, -1, 1, -(2**31)))
+    expected = step(whole, indices=indices(device, 3, 5, 1, 0))
+    out = step(pool, indices=indices(device, 3, -1, 1, -(2**31)))
     for i, slot in ((0, 3), (2, 1)):
         assert_same_bits("out", out[i], expected[i])
         assert_same_bits("state", real(pool[slot]), real(whole[slot]))
     assert_same_bits("skipped", out[[1, 3]], torch.zeros_like(out[[1, 3]]))
     assert_same_bits("untouched", real(pool[[0, 2, 4, 5]]), real(before[[0, 2, 4, 5]]))
-    assert (step(pool, state_indices=indices(device, -1, -1, -1, -1)) == 0).all()
+    assert (step(pool, indices=indices(device, -1, -1, -1, -1)) == 0).all()
 
 
 def test_without_indices_sequence_i_has_slot_i(device):
     step, pool, _ = step_and_pool(device)
     named = pool.clone()
-    expected = step(named, state_indices=indices(device, 0, 1, 2, 3))
+    expected = step(named, indices=indices(device, 0, 1, 2, 3))
     assert_same_bits("out", step(pool), expected)
     assert_same_bits("pool", real(pool), real(named))
 
@@ -231,17 +231,17 @@ def test_a_captured_step_replays_with_other_indices():
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step(pool, state_indices=slots)
+        step(pool, indices=slots)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = step(pool, state_indices=slots)
+        out = step(pool, indices=slots)
     for values in ([3, 5, 1, 0], [-1, 2, -7, 4], [-1] * 4):
         pool.copy_(before)
         slots.copy_(torch.tensor(values))
         graph.replay()
         expected = before.clone()
-        assert_same_bits("out", out.clone(), step(expected, state_indices=slots))
+        assert_same_bits("out", out.clone(), step(expected, indices=slots))
         assert_same_bits("pool", real(pool), real(expected))
 
 
@@ -304,20 +304,20 @@ BAD = {
     ),
     "too-few-states": (
         {"states": lambda x: x[:1]},
-        "states must have a slot for each .*, or state_indices must be given",
+        "states must have a slot for each .*, or indices must be given",
     ),
-    "indices-shape": ({"state_indices": lambda x: indices(x.device, 0, 1, 2)}, r"state_indices must have shape \[2\]"),
+    "indices-shape": ({"indices": lambda x: indices(x.device, 0, 1, 2)}, r"indices must have shape \[2\]"),
     "indices-are-long": (
-        {"state_indices": lambda x: indices(x.device, 0, 1).long()},
-        "state_indices must be int32, got",
+        {"indices": lambda x: indices(x.device, 0, 1).long()},
+        "indices must be int32, got",
     ),
     "indices-outside": (
-        {"state_indices": lambda x: indices(x.device, 0, 9)},
-        "state_indices must be negative or one of the 9 slots of states, got 9 at position 1",
+        {"indices": lambda x: indices(x.device, 0, 9)},
+        "indices must be negative or one of the 9 slots of states, got 9 at position 1",
     ),
     "indices-twice": (
-        {"state_indices": lambda x: indices(x.device, 7, 7)},
-        "state_indices must give each sequence a slot of its own, got 7 again at position 1",
+        {"indices": lambda x: indices(x.device, 7, 7)},
+        "indices must give each sequence a slot of its own, got 7 again at position 1",
     ),
 }
 

@@ -165,15 +165,14 @@ void check_pool(const Argument& a, int64_t dims, const char* layout) {
   fail(a, " must be contiguous, got strides ", listed(strides.data(), strides.size()));
 }
 
-void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences,
-                 const char* name) {
+void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences) {
   const int64_t slots = pool.tensor.size(0);
   if (!indices) {
-    check(sequences <= slots, pool, " must have a slot for each of the ", sequences, " sequences, or ", name,
-          " must be given, got ", slots, " slots");
+    check(sequences <= slots, pool, " must have a slot for each of the ", sequences,
+          " sequences, or indices must be given, got ", slots, " slots");
     return;
   }
-  const Argument a{op, name, *indices};
+  const Argument a{op, "indices", *indices};
   check_shape(a, {sequences});
   check_dtype(a, ScalarType::Int);
   check_same_device(a, pool);

@@ -71,8 +71,7 @@ void check_gradient_of_rows(const Argument& gradient, const Argument& rows);
 void check_pool(const Argument&, int64_t dims, const char* layout);
 // Which slot of the pool each sequence has: int32 [sequences], or none, where sequence i has slot i. What is in it,
 // where validates() says so: negative, or one of the slots that no other sequence has.
-void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences,
-                 const char* name = "indices");
+void check_slots(const char* op, const OptionalTensor& indices, const Argument& pool, int64_t sequences);
 
 // Data of an optional tensor, nullptr where there is none; and the tensor made contiguous in place.
 const void* data_of(const OptionalTensor&);

@@ -20,7 +20,7 @@ Argument named(const char* name, const Tensor& t) { return {kOp, name, t}; }
 // What the operator is called with, as it came.
 struct Inputs {
   Tensor states, u, w, B, C, dt, cu_seqlens;
-  OptionalTensor state_indices, P, D;
+  OptionalTensor indices, P, D;
   bool zoh;
 
   int64_t total() const { return u.size(0); }
@@ -91,7 +91,7 @@ void check_inputs(const Inputs& in) {
   check_shape(states, {in.states.size(0), in.channels(), in.poles()});
   check_same_dtype(states, named("w", in.w));
   check_same_device(states, u);
-  check_slots(kOp, in.state_indices, states, in.sequences(), "state_indices");
+  check_slots(kOp, in.indices, states, in.sequences());
 }
 
 void run(const S4Step& call, const Cpu& backend) { s4_step(call, Executor(backend)); }
@@ -101,13 +101,13 @@ void run(const S4Step& call, const Cuda& backend) { s4_step(call, backend.stream
 
 template <class Backend>
 Tensor step(Tensor states, const Tensor& u, const Tensor& w, const Tensor& B, const Tensor& C, const Tensor& dt,
-            const Tensor& cu_seqlens, const OptionalTensor& state_indices, const OptionalTensor& P,
-            const OptionalTensor& D, bool zoh) {
-  Inputs in{states, u, w, B, C, dt, cu_seqlens, state_indices, P, D, zoh};
+            const Tensor& cu_seqlens, const OptionalTensor& indices, const OptionalTensor& P, const OptionalTensor& D,
+            bool zoh) {
+  Inputs in{states, u, w, B, C, dt, cu_seqlens, indices, P, D, zoh};
   check_inputs(in);
   in.u = readable(u, alignment_of(u, in.channels()));
   for (Tensor* t : {&in.w, &in.B, &in.C, &in.dt}) *t = torch::stable::contiguous(*t);
-  for (OptionalTensor* t : {&in.state_indices, &in.P, &in.D}) make_contiguous(*t);
+  for (OptionalTensor* t : {&in.indices, &in.P, &in.D}) make_contiguous(*t);
 
   const Backend backend(u);
   const Tensor out = in.has_filters() ? torch::stable::new_empty(u, {in.total(), in.filters(), in.channels()})
@@ -130,7 +130,7 @@ Tensor step(Tensor states, const Tensor& u, const Tensor& w, const Tensor& B, co
              .D = data_of(in.D),
              .pool = states.mutable_data_ptr(),
              .slots = states.size(0),
-             .indices = static_cast<const int32_t*>(data_of(in.state_indices)),
+             .indices = static_cast<const int32_t*>(data_of(in.indices)),
              .out = out.mutable_data_ptr()},
       backend);
   return out;

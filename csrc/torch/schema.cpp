@@ -77,7 +77,7 @@ STABLE_TORCH_LIBRARY(packseq, m) {
   // csrc/torch/s4_step.cpp; out has C's filters between rows and channels, where C has them
   m.def(
       "s4_step(Tensor(a!) states, Tensor u, Tensor w, Tensor B, Tensor C, Tensor dt, Tensor cu_seqlens, "
-      "Tensor? state_indices=None, Tensor? P=None, Tensor? D=None, bool zoh=False)"
+      "Tensor? indices=None, Tensor? P=None, Tensor? D=None, bool zoh=False)"
       " -> Tensor out");
 
   // python/packseq/_mamba_inner.py, made of the operators above; x_dbl and y are kept for the backward

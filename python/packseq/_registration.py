@@ -77,6 +77,11 @@ def _kernel(operator: str, arguments: Callable[..., tuple], device: str, key: st
     return kernel
 
 
+def wide_dtype(dtype: torch.dtype | None) -> torch.dtype:
+    """Of parameters and states beside tensors of this dtype (None: torch's default), as operators take them."""
+    return torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
+
+
 def widened(x: Tensor | None) -> Tensor | None:
     """A parameter that operators take in float32 only."""
     return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x

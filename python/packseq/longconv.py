@@ -105,7 +105,7 @@ def s4_step(
     P: Tensor | None = None,
     D: Tensor | None = None,
     discretization: str = "bilinear",
-    state_indices: Tensor | None = None,
+    indices: Tensor | None = None,
 ) -> Tensor:
     """The recurrence whose filter :func:`s4_filter` (or :func:`s4d_filter`) is, for the next token (or few) of many
     sequences, whose states are updated in place::
@@ -129,7 +129,7 @@ def s4_step(
         P: ``[rank, channels, N]``, like w, rank 1 or 2. None: A is diagonal.
         D: ``[channels]`` or ``[filters, channels]``, as C is, float32.
         discretization: ``"bilinear"``, or ``"zoh"`` where P is None.
-        state_indices: the slot of each sequence, int32 ``[sequences]``, no two the same. A negative one skips its
+        indices: the slot of each sequence, int32 ``[sequences]``, no two the same. A negative one skips its
             sequence: zeros come back, and no state changes. None: sequence ``i`` has slot ``i``.
 
     With float64 u parameters and states are float64 and complex128. Under autocast u is cast to its dtype.
@@ -147,7 +147,7 @@ def s4_step(
     if cu_seqlens is None:
         cu_seqlens = one_token_each("s4_step: u", u)
     zoh = discretization == "zoh"
-    return torch.ops.packseq.s4_step(states, u, w, B, C, widened(dt), cu_seqlens, state_indices, P, widened(D), zoh)
+    return torch.ops.packseq.s4_step(states, u, w, B, C, widened(dt), cu_seqlens, indices, P, widened(D), zoh)
 
 
 # ---- states of the long convolution

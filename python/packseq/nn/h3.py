@@ -5,11 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._registration import widened
+from .._registration import wide_dtype, widened
 from ..longconv import long_conv
-from .mamba import slack_rows
-from .s4 import check_rows, wide_dtype
-from .ssm import DiagonalSsm
+from .rows import slack_rows
+from .s4 import check_rows
+from .ssm import DiagonalSsm, without_decay
 
 
 class H3(nn.Module):
@@ -66,7 +66,7 @@ class H3(nn.Module):
         self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias, **where)
         self.shift = nn.Parameter(torch.randn(d_model, shift_states, **wide) / math.sqrt(shift_states))
         self.shift_D = nn.Parameter(torch.randn(d_model, **wide))
-        self.shift._no_weight_decay = self.shift_D._no_weight_decay = True
+        without_decay(self.shift, self.shift_D)
         self.ssm = DiagonalSsm(self.heads, d_state, init=init, dt_min=dt_min, dt_max=dt_max, **wide)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias, **where)
 

@@ -1,13 +1,12 @@
 """The LSSL layer over packed tokens: a state space model with a dense state matrix, for small sizes."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
-from .._registration import widened
+from .._registration import wide_dtype, widened
 from .hippo import hippo
-from .s4 import ConvolutionLayer, wide_dtype
+from .s4 import ConvolutionLayer
+from .ssm import log_steps, without_decay
 
 
 class LSSL(ConvolutionLayer):
@@ -50,9 +49,8 @@ class LSSL(ConvolutionLayer):
         self.A, self.B = nn.Parameter(A.to(**where)), nn.Parameter(B.to(**where))
         self.C = nn.Parameter(torch.randn(d_model, d_state, **where))
         self.D = nn.Parameter(torch.randn(d_model, **where))
-        self.log_dt = nn.Parameter(torch.empty(d_model, **where).uniform_(math.log(dt_min), math.log(dt_max)))
-        for parameter in (self.A, self.B, self.C, self.D, self.log_dt):
-            parameter._no_weight_decay = True
+        self.log_dt = log_steps(d_model, dt_min, dt_max, where)
+        without_decay(self.A, self.B, self.C, self.D, self.log_dt)
 
     def filters(self, taps: int) -> tuple[Tensor]:
         """``[d_model, taps]``: C times the Krylov matrix B, A B, A A B and so on, of the bilinear transform."""

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._registration import wide_dtype
 from ..scan import causal_conv1d, causal_conv1d_step, mamba_inner, selective_scan, selective_scan_step
-from .rows import check_boundaries
+from .rows import check_boundaries, slack_rows
 
 
 class MambaStates(NamedTuple):
@@ -210,12 +211,12 @@ class Mamba(nn.Module):
         dtype = dtype or weight.dtype
         return MambaStates(
             weight.new_zeros(slots, self.d_inner, self.d_conv - 1, dtype=dtype),
-            weight.new_zeros(slots, self.d_inner, self.d_state, dtype=_wide_dtype(dtype)),
+            weight.new_zeros(slots, self.d_inner, self.d_state, dtype=wide_dtype(dtype)),
         )
 
     def _wide(self, parameter: Tensor | None) -> Tensor | None:
         """As the operators want their parameters: float32 also where the inputs are of half types."""
-        return None if parameter is None else parameter.to(_wide_dtype(self.in_proj.weight.dtype))
+        return None if parameter is None else parameter.to(wide_dtype(self.in_proj.weight.dtype))
 
     def _filter(self) -> tuple[Tensor, Tensor | None]:
         return self._wide(self.conv1d.weight[:, 0]), self._wide(self.conv1d.bias)
@@ -238,14 +239,3 @@ class Mamba(nn.Module):
             raise ValueError(f"Mamba: hidden must be packed, [total, {self.d_model}], floating point, {got}")
         if cu_seqlens is not None:
             check_boundaries("Mamba", cu_seqlens, hidden.shape[0], hidden.device)
-
-
-def slack_rows(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
-    """Which rows are of no sequence, bool ``[total]``; None where all are of the one."""
-    if cu_seqlens is None:
-        return None
-    return torch.arange(total, dtype=torch.int32, device=cu_seqlens.device) >= cu_seqlens[-1]
-
-
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32

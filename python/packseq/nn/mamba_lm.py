@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..packing import from_list
-from .mamba import Mamba, MambaStates, slack_rows
-from .rows import check_boundaries
+from .mamba import Mamba, MambaStates
+from .rows import check_boundaries, slack_rows
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._registration import wide_dtype
 from ..longconv import long_conv
-from .mamba import slack_rows
-from .rows import check_boundaries, contents_may_be_checked
+from .rows import check_boundaries, contents_may_be_checked, slack_rows
 from .ssm import DiagonalSsm, DplrSsm
 
 
@@ -236,11 +236,6 @@ class S4D(ConvolutionLayer):
     def allocate_states(self, slots: int) -> Tensor:
         """A pool of zeros for :meth:`step`, where sequences start: complex64 ``[slots, d_model, d_state / 2]``."""
         return self.ssm.allocate_states(slots)
-
-
-def wide_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    """Of parameters that are never of half types."""
-    return torch.float64 if (dtype or torch.get_default_dtype()) == torch.float64 else torch.float32
 
 
 def check_rows(layer: nn.Module, hidden: Tensor, cu_seqlens: Tensor | None, max_length: int | None = None) -> int:

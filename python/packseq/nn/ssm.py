@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._registration import widened
+from .._registration import wide_dtype, widened
 from ..filters import s4_filter, s4d_filter, s4d_modes
 from ..longconv import s4_step
 from .hippo import diagonal, diagonal_plus_low_rank
@@ -20,7 +20,38 @@ _LEAST_DECAY = 0.01
 _CHANNELS_AT_ONCE = 64  # whose dense matrices are in memory together
 
 
-class DiagonalSsm(nn.Module):
+class StateSpace(nn.Module):
+    """What a channel's state space model has, whichever its state matrix: poles w, B, C, D and a step size."""
+
+    def __init__(
+        self, w: Tensor, B: Tensor, channels: int, filters: int, dt: tuple[float, float], where: dict[str, object]
+    ) -> None:
+        super().__init__()
+        self.A_real_log = nn.Parameter((-w.real).clamp(min=_LEAST_DECAY).log().repeat(channels, 1).to(**where))
+        self.A_imag = nn.Parameter(w.imag.repeat(channels, 1).to(**where))
+        self.B = nn.Parameter(torch.view_as_real(B.repeat(channels, 1)).to(**where))
+        self.C = nn.Parameter(torch.randn(filters, channels, len(w), 2, **where) * math.sqrt(0.5))
+        self.D = nn.Parameter(torch.randn(channels, **where))
+        self.log_dt = log_steps(channels, *dt, where)
+
+    def poles(self) -> Tensor:
+        """w, complex ``[channels, d_state / 2]``."""
+        return torch.complex(-widened(self.A_real_log).exp(), widened(self.A_imag))
+
+    def dt(self) -> Tensor:
+        return widened(self.log_dt).exp()
+
+    def skip(self) -> Tensor:
+        """D."""
+        return widened(self.D)
+
+    def allocate_states(self, slots: int) -> Tensor:
+        """A pool of zeros, complex ``[slots, channels, d_state / 2]``."""
+        poles = self.A_imag
+        return poles.new_zeros(slots, *poles.shape, dtype=wide_dtype(poles.dtype).to_complex())
+
+
+class DiagonalSsm(StateSpace):
     """For each channel a state space model ``h' = diag(w) h + B u``, ``y = 2 Re(C h) + D u``.
 
     Args:
@@ -45,36 +76,12 @@ class DiagonalSsm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
         if discretization not in ("zoh", "bilinear"):
             raise ValueError(f'DiagonalSsm: discretization must be "zoh" or "bilinear", got {discretization!r}')
-        self.discretization = discretization
         where = {"device": device, "dtype": dtype}
-        w, B = diagonal(init, d_state)
-        self._add_system(w, B, channels, filters, where)
-        self._add_steps(channels, dt_min, dt_max, where)
-        _mark(self)
-
-    def _add_system(self, w: Tensor, B: Tensor, channels: int, filters: int, where: dict[str, object]) -> None:
-        self.A_real_log = nn.Parameter((-w.real).clamp(min=_LEAST_DECAY).log().repeat(channels, 1).to(**where))
-        self.A_imag = nn.Parameter(w.imag.repeat(channels, 1).to(**where))
-        self.B = nn.Parameter(torch.view_as_real(B.repeat(channels, 1)).to(**where))
-        self.C = nn.Parameter(torch.randn(filters, channels, len(w), 2, **where) * math.sqrt(0.5))
-        self.D = nn.Parameter(torch.randn(channels, **where))
-
-    def _add_steps(self, channels: int, least: float, most: float, where: dict[str, object]) -> None:
-        self.log_dt = nn.Parameter(torch.empty(channels, **where).uniform_(math.log(least), math.log(most)))
-
-    def poles(self) -> Tensor:
-        """w, complex ``[channels, d_state / 2]``."""
-        return torch.complex(-widened(self.A_real_log).exp(), widened(self.A_imag))
-
-    def dt(self) -> Tensor:
-        return widened(self.log_dt).exp()
-
-    def skip(self) -> Tensor:
-        """D."""
-        return widened(self.D)
+        super().__init__(*diagonal(init, d_state), channels, filters, (dt_min, dt_max), where)
+        self.discretization = discretization
+        without_decay(*self.parameters())
 
     def filter(self, length: int) -> Tensor:
         """The first ``length`` taps, ``[filters, channels, length]``."""
@@ -91,28 +98,24 @@ class DiagonalSsm(nn.Module):
         """The recurrence of the first filter: see :func:`packseq.s4_step`."""
         return s4_step(
             *(states, u, self.poles(), as_complex(self.B), as_complex(self.C)[0], self.dt(), cu_seqlens),
-            **{"D": self.skip(), "discretization": self.discretization, "state_indices": indices},
+            **{"D": self.skip(), "discretization": self.discretization, "indices": indices},
         )
 
-    def allocate_states(self, slots: int) -> Tensor:
-        """A pool of zeros, complex ``[slots, channels, d_state / 2]``."""
-        poles = self.A_imag
-        dtype = torch.complex128 if poles.dtype == torch.float64 else torch.complex64
-        return poles.new_zeros(slots, *poles.shape, dtype=dtype)
 
-
-class DplrSsm(DiagonalSsm):
-    """:class:`DiagonalSsm` with ``A = diag(w) - P P^*`` and the bilinear transform.
+class DplrSsm(StateSpace):
+    """As :class:`DiagonalSsm`, with ``A = diag(w) - P P^*`` and the bilinear transform.
 
     In place of C it keeps what makes a filter of ``length`` taps without powers of A, ``C (I - Abar^length)``: see
     :func:`packseq.s4_filter`. Shorter filters are the first taps of that one; :meth:`set_length` makes longer ones.
-    ``length`` goes through state dicts.
+    ``length`` goes through state dicts. Its filter is no sum of few modes: states come from :meth:`step`.
 
     Args:
         length: the most taps.
         init: of w, P and B, see :func:`packseq.nn.hippo.diagonal_plus_low_rank`.
         channels, d_state, filters, dt_min, dt_max: as in :class:`DiagonalSsm`.
     """
+
+    discretization = "bilinear"
 
     def __init__(
         self,
@@ -127,16 +130,12 @@ class DplrSsm(DiagonalSsm):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        nn.Module.__init__(self)
         where = {"device": device, "dtype": dtype}
         form = diagonal_plus_low_rank(init, d_state)
-        self._add_system(form.w, form.B, channels, filters, where)
+        super().__init__(form.w, form.B, channels, filters, (dt_min, dt_max), where)
         self.P = nn.Parameter(torch.view_as_real(form.P[:, None].repeat(1, channels, 1)).to(**where))
-        self._add_steps(channels, dt_min, dt_max, where)
-        _mark(self)
-        self.discretization = "bilinear"
+        without_decay(*self.parameters())
         self.length = 0  # C is the model's own so far
-        self.register_buffer("filter_length", torch.zeros((), dtype=torch.int64, device=device))
         self.set_length(length)
 
     @torch.no_grad()
@@ -146,13 +145,11 @@ class DplrSsm(DiagonalSsm):
             raise ValueError(f"DplrSsm: length must be positive, got {length}")
         self.C.copy_(torch.view_as_real(self._rows(self.length, length)))
         self.length = length
-        self.filter_length.fill_(length)
 
     @torch.no_grad()
     def output_rows(self) -> Tensor:
-        """The model's own C, complex ``[filters, channels, d_state / 2]``, for the recurrence."""
-        C = as_complex(self.C)
-        return self._rows(self.length, 0).to(C.dtype)
+        """The model's own C, complex ``[filters, channels, d_state / 2]``, for the recurrence; it takes time."""
+        return self._rows(self.length, 0).to(as_complex(self.C).dtype)
 
     def filter(self, length: int) -> Tensor:
         """The first ``length`` taps, ``[filters, channels, length]``."""
@@ -164,17 +161,11 @@ class DplrSsm(DiagonalSsm):
         )
         return k[..., :length]
 
-    def modes(self) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError("DplrSsm: its filter is no sum of few modes; step() gives states")
-
-    def step(
-        self, states: Tensor, u: Tensor, cu_seqlens: Tensor | None, indices: Tensor | None, C: Tensor | None = None
-    ) -> Tensor:
-        """The recurrence of the first filter; ``C``: from :meth:`output_rows`, which takes time."""
-        C = self.output_rows() if C is None else C
+    def step(self, states: Tensor, u: Tensor, cu_seqlens: Tensor | None, indices: Tensor | None, C: Tensor) -> Tensor:
+        """The recurrence of the first filter; ``C``: from :meth:`output_rows`."""
         return s4_step(
             *(states, u, self.poles(), as_complex(self.B), C[0], self.dt(), cu_seqlens),
-            **{"P": as_complex(self.P), "D": self.skip(), "state_indices": indices},
+            **{"P": as_complex(self.P), "D": self.skip(), "indices": indices},
         )
 
     def _rows(self, before: int, after: int) -> Tensor:
@@ -195,19 +186,25 @@ class DplrSsm(DiagonalSsm):
             parts.append(torch.complex(real.contiguous(), -imag.contiguous()))
         return torch.cat(parts, dim=1)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if f"{prefix}filter_length" in state_dict:
-            self.length = int(state_dict[f"{prefix}filter_length"])
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.length)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.length = int(state)
 
 
 def as_complex(x: Tensor) -> Tensor:
     return torch.view_as_complex(widened(x).contiguous())
 
 
-def _mark(ssm: nn.Module) -> None:
-    """As mamba-ssm marks the scan's own parameters."""
-    for parameter in ssm.parameters():
+def log_steps(channels: int, least: float, most: float, where: dict[str, object]) -> nn.Parameter:
+    """Of step sizes: spread evenly in their logarithm."""
+    return nn.Parameter(torch.empty(channels, **where).uniform_(math.log(least), math.log(most)))
+
+
+def without_decay(*parameters: nn.Parameter) -> None:
+    """Marks them as mamba-ssm marks the scan's own parameters."""
+    for parameter in parameters:
         parameter._no_weight_decay = True
 
 
