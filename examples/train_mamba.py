@@ -193,7 +193,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=300, metavar="N", help="bytes to generate (%(default)s)")
     options = parser.parse_args(arguments)
     defaults = {"steps": (400, 2000), "batch_tokens": (4096, 65536), "d_model": (128, 512), "layers": (4, 12)}
-    least = {"steps": 1, "longest": 2, "batch_tokens": options.longest, "save_every": 1}
+    least = {"steps": 1, "longest": 2, "batch_tokens": options.longest, "save_every": 1, "d_model": 1, "layers": 1}
     settle(parser, options, defaults | {"learning_rate": (4e-3, 1e-3)}, least)
     return options
 

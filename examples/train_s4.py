@@ -70,7 +70,8 @@ class Trainer(Run):
     @torch.no_grad()
     def evaluate(self, batches: list[Pictures]) -> None:
         shares = [share_right(self.model(batch.pixels, batch.cu_seqlens), batch) for batch in batches]
-        self.held_out.append((self.step, 100 * sum(shares) / len(shares)))
+        right = sum(share * len(batch.classes) for share, batch in zip(shares, batches, strict=True))
+        self.held_out.append((self.step, 100 * right / sum(len(batch.classes) for batch in batches)))
 
     def state(self) -> dict[str, object]:
         return super().state() | {"right": self.right}

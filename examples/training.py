@@ -56,15 +56,12 @@ class Run(ABC):
         return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
 
     def state(self) -> dict[str, object]:
-        gpu = self.device.type == "cuda"
         return {
             "options": {name: getattr(self.options, name) for name in self.shaping},
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "losses": self.losses,
             "held_out": self.held_out,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if gpu else None,
         }
 
     def save(self, file: Path) -> None:
@@ -84,9 +81,6 @@ class Run(ABC):
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.losses, self.held_out = state["losses"], [tuple(x) for x in state["held_out"]]
-        torch.set_rng_state(state["random"].cpu())
-        if state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
         return state
 
 
@@ -108,7 +102,7 @@ class Interrupt:
 def train(run: Run, evaluate: Callable[[], None], note: Callable[[], str]) -> bool:
     """Up to the last step, or --stop-at; False where Ctrl-C came first. Note and speed stand behind the bar."""
     options = run.options
-    file, last = options.folder / "checkpoint.pt", min(options.steps, options.stop_at or options.steps)
+    file, last = options.folder / "checkpoint.pt", min(options.steps, options.stop_at)
     tokens, start = 0, time.perf_counter()
 
     def note_and_speed() -> str:
@@ -151,7 +145,9 @@ def settle(
     for name, values in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, values[options.device.type == "cuda"])
-    for name, bound in least.items():
+    if options.stop_at is None:
+        options.stop_at = options.steps
+    for name, bound in (least | {"stop_at": 1}).items():
         if getattr(options, name) < bound:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} must be at least {bound}, got {getattr(options, name)}")

@@ -4,6 +4,7 @@ To join, an operator adds itself to OPERATORS. A sequence's data depends on its 
 sequence can be packed anywhere, or run alone.
 """
 
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,6 @@ class Operator:
     constants: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # the same, without a gradient
     # Boundaries' names, and how many rows a sequence of length n has there.
     lengths: Mapping[str, Callable[[int], int]] = field(default_factory=lambda: {"cu_seqlens": lambda n: n})
-    half: bool = True  # whether it takes half types
     complex: frozenset[str] = frozenset()  # names of what is complex, of statistics' width
     inference: bool = False  # without any gradient
     moves: bool = False  # only moves rows: of any dtype and shape, under autocast too, with derivatives of any order
@@ -152,6 +152,26 @@ def split(
         for one, part in zip(each, parts, strict=True):
             one[name] = part
     return each, slack
+
+
+def free_memory(device: str) -> int:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def captured(call: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, object]:
+    """A CUDA graph of a call, and the tensors that its replays write."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    return graph, out
 
 
 OPERATORS: list[Operator] = []

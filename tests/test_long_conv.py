@@ -154,7 +154,7 @@ def test_short_sequences_are_exactly_causal(device, length, dtype):
         u = torch.randn(length, 6, device=device).to(dtype)
         k = torch.randn(6, 80, device=device)
         expected = packseq.long_conv(u, k, reverse=reverse)
-        for t in range(0, length, 7):
+        for t in {*range(0, length, 7), length - 1}:
             changed = u.clone()
             changed[t] = 1e4
             before = slice(t + 1, None) if reverse else slice(0, t)

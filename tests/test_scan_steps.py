@@ -8,7 +8,7 @@ import packseq
 import pytest
 import torch
 from compare import assert_same_bits
-from operators import boundaries
+from operators import boundaries, captured
 from scan_cases import EVERYTHING, MAMBA, ConvCase, ScanCase
 from scan_inputs import conv_inputs, scan_inputs
 from torch import Tensor
@@ -134,18 +134,6 @@ def test_a_step_is_seen_by_autograd(device):
 
 
 # ---- CUDA graphs, where no boundaries are given
-
-
-def captured(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-    return graph, out
 
 
 @pytest.mark.gpu
