@@ -3,9 +3,7 @@
 #include <cuda_fp16.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <iterator>
-#include <string_view>
 
 #include "attention/attention.h"
 #include "attention/attention_f32.h"
@@ -15,6 +13,7 @@
 #include "core/dispatch.h"
 #include "core/launch.h"
 #include "core/schedule.h"
+#include "core/shared_memory.h"
 #include "core/workspace.h"
 
 namespace packseq {
@@ -29,16 +28,8 @@ int padded_dim(const AttentionProblem& p) {
   return *dim;
 }
 
-// Whether the current device needs the backward's variants for little shared memory. PACKSEQ_SMALL_TILES=1 chooses
-// them anywhere, so that a chip with much of it can test them.
-bool small_shared() {
-  const char* small = std::getenv("PACKSEQ_SMALL_TILES");
-  if (small && std::string_view(small) == "1") return true;
-  int device = 0, bytes = 0;
-  check_cuda(cudaGetDevice(&device), "attention backward");
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "attention backward");
-  return bytes < sm80::kLargeShared;
-}
+// Whether the current device needs the backward's variants for little shared memory.
+bool small_shared() { return most_shared_memory("attention backward") < size_t(sm80::kLargeShared); }
 
 struct TileList {
   Tile* tiles;

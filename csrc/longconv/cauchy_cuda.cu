@@ -56,11 +56,11 @@ struct CauchyShares {
   Complex *dv, *dw, *dz;  // [tiles, groups, rows, poles], [tiles, rows, poles], [row_shares, nodes]
 };
 
-CauchyShares take_shares(Workspace& pieces, const CauchyProblem& p) {
+CauchyShares take_shares(Workspace& pieces, const CauchyProblem& p, bool wants_dz) {
   CauchyShares shares = {};
   with_groups(p.groups, [&](auto groups) { shares.tiles = parts_of(p.nodes, CauchyBackwardTile<groups>::kSize); });
   if (p.groups == 0) shares.tiles = 0;
-  shares.row_shares = parts_of(p.rows, kShareRows);
+  shares.row_shares = wants_dz ? parts_of(p.rows, kShareRows) : 0;
   shares.dv = pieces.take<Complex>(shares.tiles * p.groups * p.rows * p.poles);
   shares.dw = pieces.take<Complex>(shares.tiles * p.rows * p.poles);
   shares.dz = pieces.take<Complex>(shares.row_shares * p.nodes);
@@ -86,9 +86,9 @@ void cauchy_forward(const CauchyForward& f, cudaStream_t stream) {
   });
 }
 
-size_t cauchy_backward_workspace(const CauchyProblem& p) {
+size_t cauchy_backward_workspace(const CauchyProblem& p, bool wants_dz) {
   Workspace pieces(nullptr);
-  take_shares(pieces, p);
+  take_shares(pieces, p, wants_dz);
   return pieces.used();
 }
 
@@ -96,7 +96,7 @@ void cauchy_backward(const CauchyBackward& b, cudaStream_t stream) {
   const CauchyProblem& p = b.problem;
   check_problem(p);
   Workspace pieces(b.workspace);
-  const CauchyShares shares = take_shares(pieces, p);
+  const CauchyShares shares = take_shares(pieces, p, b.dz != nullptr);
   const Complex* const dout = static_cast<const Complex*>(b.dout);
   if (b.dv || b.dw) {
     with_groups(p.groups, [&](auto groups) {

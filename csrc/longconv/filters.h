@@ -45,7 +45,7 @@ struct CauchyBackward {
   CauchyProblem problem;
   const void* dout;  // complex [groups, rows, nodes]
   void *dv, *dz, *dw;
-  void* workspace;  // CUDA only: cauchy_backward_workspace(problem) bytes, 256-byte aligned
+  void* workspace;  // CUDA only: cauchy_backward_workspace(problem, dz) bytes, 256-byte aligned
 };
 
 struct VandermondeProblem {
@@ -129,7 +129,7 @@ void s4_spectrum(const S4Spectrum&, const Executor&);
 void s4_spectrum_backward(const S4SpectrumBackward&, const Executor&);
 
 #if PACKSEQ_HAS_CUDA
-size_t cauchy_backward_workspace(const CauchyProblem&);
+size_t cauchy_backward_workspace(const CauchyProblem&, bool wants_dz);
 size_t vandermonde_backward_workspace(const VandermondeProblem&);
 size_t s4_spectrum_backward_workspace(const S4Problem&);
 void cauchy_forward(const CauchyForward&, cudaStream_t);

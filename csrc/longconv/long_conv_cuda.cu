@@ -17,6 +17,7 @@
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "core/launch.h"
+#include "core/shared_memory.h"
 #include "longconv/long_conv_launch.h"
 #include "longconv/long_conv_prepare.h"
 #include "longconv/long_conv_tiles.cuh"
@@ -38,11 +39,10 @@ struct Device {
   int processors, fft_classes;
 
   static Device current() {
-    int device = 0, processors = 0, shared = 0;
+    int device = 0, processors = 0;
     check_cuda(cudaGetDevice(&device), "long conv");
     check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "long conv");
-    check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "long conv");
-    const bool large = size_t(shared) >= conv_shared_bytes(conv_threads(kLargeClass));
+    const bool large = most_shared_memory("long conv") >= conv_shared_bytes(conv_threads(kLargeClass));
     return {processors, large ? kLargeClass : kSmallClass};
   }
 };
@@ -78,7 +78,8 @@ struct Scratch {
     table = w.take<float2>(kTableSize);
     spectra = w.take<float4>(l.spectra() / 2 * l.channels);
     lags = w.take<float>(kDirectLags * l.channels);
-    const int64_t chunks = std::min<int64_t>(kDirectChunks, l.most_sequences(0));
+    // Malformed boundaries can make all sequences short, however many rows there are.
+    const int64_t chunks = std::min<int64_t>(kDirectChunks, l.sequences);
     direct_sums = w.take<float>(backward ? chunks * kLagGroups * kBlockLags * l.channels : 0);
     sums = w.take<float4>(backward ? divide_up(l.chunk_sums(), 2) * l.channels : 0);
     skip_sums = w.take<float>(backward && has_skip ? divide_up(l.total, kSkipRows) * l.channels : 0);
@@ -186,10 +187,6 @@ void check_sizes(const LongConvProblem& p) {
         "long_conv: needs fewer than 2^31 sequences and 2^24 channels, got ", p.sequences, " and ", p.channels);
   check(std::min(p.total, p.sequences) * divide_up(p.channels, 32) <= kMost, "long_conv: ", p.sequences,
         " sequences of ", p.channels, " channels are more than 2^31 pieces of work");
-  for (const Rows* rows : {&p.u, &p.pre_gate, &p.gate}) {
-    check(!rows->data || (rows->token <= kMost && rows->token >= -kMost),
-          "long_conv: rows must lie fewer than 2^31 elements apart, got ", rows->token);
-  }
 }
 
 bool empty(const LongConvProblem& p) { return p.total == 0 || p.channels == 0; }
@@ -315,8 +312,6 @@ void long_conv_forward(const LongConvForward& f, cudaStream_t stream) {
 void long_conv_backward(const LongConvBackward& b, cudaStream_t stream) {
   const LongConvProblem& p = b.problem;
   check_sizes(p);
-  check(p.total <= 1 || b.dout.token <= std::numeric_limits<int32_t>::max(),
-        "long_conv: rows of dout must lie fewer than 2^31 elements apart, got ", b.dout.token);
   if (!empty(p)) {
     with_type(p.dtype, [&](auto type) { backward<typename decltype(type)::type>(b, stream); });
     return;

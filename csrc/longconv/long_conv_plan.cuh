@@ -74,10 +74,8 @@ struct Layout {
         fft_classes(fft_classes_) {}
 
   int64_t block() const { return size_of_class(fft_classes); }
-  // Sequences of a class there can be.
-  int64_t most_sequences(int c) const {
-    return std::min(sequences, c == 0 ? total : total / (size_of_class(c) / 2 + 1));
-  }
+  // Sequences of a class that is transformed there can be.
+  int64_t most_sequences(int c) const { return std::min(sequences, total / (size_of_class(c) / 2 + 1)); }
   int64_t most_long() const { return std::min(sequences, total / (block() + 1)); }
   int64_t most_long_blocks() const { return most_long() == 0 ? 0 : total / block() + most_long(); }
   // Blocks of the filter, of lags 0 on and before them, as far as the longest sequence reaches.

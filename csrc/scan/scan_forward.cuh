@@ -2,8 +2,8 @@
 #pragma once
 #include <algorithm>
 
-#include "core/even_load.h"
 #include "core/launch.h"
+#include "core/shared_memory.h"
 #include "scan/scan_fill.cuh"
 #include "scan/scan_ties.cuh"
 

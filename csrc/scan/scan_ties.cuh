@@ -2,8 +2,8 @@
 // gradient), and for the sum of its steps d, whose decay exp(A sum) it multiplies what comes in with. One thread a
 // state then carries states from segment to segment.
 #pragma once
-#include "core/even_load.h"
 #include "core/launch.h"
+#include "core/shared_memory.h"
 #include "scan/scan_walk.cuh"
 
 namespace packseq {

@@ -132,22 +132,14 @@ struct Ready : Inputs {
   }
 };
 
-void run(const AttentionForward& call, const Tensor&, const Cpu& backend) {
-  attention_forward(call, Executor(backend));
-}
-void run(const AttentionBackward& call, const Tensor&, const Cpu& backend) {
-  attention_backward(call, Executor(backend));
-}
+void run(const AttentionForward& call, const Tensor&, const Cpu& on) { attention_forward(call, on); }
+void run(const AttentionBackward& call, const Tensor&, const Cpu& on) { attention_backward(call, on); }
 #if PACKSEQ_HAS_CUDA
-void run(AttentionForward call, const Tensor& like, const Cuda& backend) {
-  const Tensor space = workspace(like, attention_forward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  attention_forward(call, backend.stream);
+void run(const AttentionForward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, attention_forward_workspace(call.problem), like, on, attention_forward);
 }
-void run(AttentionBackward call, const Tensor& like, const Cuda& backend) {
-  const Tensor space = workspace(like, attention_backward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  attention_backward(call, backend.stream);
+void run(const AttentionBackward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, attention_backward_workspace(call.problem), like, on, attention_backward);
 }
 #endif
 

@@ -45,9 +45,13 @@ struct Cuda {
   cudaStream_t stream;
 };
 
-// Memory for one call, beside `like`; the allocator aligns it to 256 bytes and more.
-inline torch::stable::Tensor workspace(const torch::stable::Tensor& like, size_t bytes) {
-  return torch::stable::new_empty(like, {int64_t(bytes)}, torch::headeronly::ScalarType::Byte);
+// entry(call, stream), with a workspace of so many bytes beside `like`; the allocator aligns it to 256 bytes and more.
+template <class Call>
+void run_in_workspace(Call call, size_t bytes, const torch::stable::Tensor& like, const Cuda& on,
+                      void (*entry)(const Call&, cudaStream_t)) {
+  const auto space = torch::stable::new_empty(like, {int64_t(bytes)}, torch::headeronly::ScalarType::Byte);
+  call.workspace = space.mutable_data_ptr();
+  entry(call, on.stream);
 }
 #else
 // Built without CUDA the operators are registered for CUDA all the same: to say in one sentence what is missing.

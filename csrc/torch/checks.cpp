@@ -152,10 +152,10 @@ void check_channels(const Argument& a, int64_t channels) {
         " must have between 1 and 2^31 - 1 channels, got ", channels);
 }
 
-void check_gradient_of_rows(const Argument& gradient, const Argument& rows) {
-  check_shape(gradient, {rows.tensor.size(0), rows.tensor.size(1)});
-  check_same_dtype(gradient, rows);
-  check_same_device(gradient, rows);
+void check_rows_like(const Argument& a, const Argument& rows) {
+  check_shape(a, {rows.tensor.size(0), rows.tensor.size(1)});
+  check_same_dtype(a, rows);
+  check_same_device(a, rows);
 }
 
 void check_pool(const Argument& a, int64_t dims, const char* layout) {

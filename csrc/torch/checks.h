@@ -63,9 +63,9 @@ void check_boundaries(const Argument&, const Argument& like);
 // What is in it, where validates() says so: starts at 0, never decreases, ends within `total`.
 void check_boundary_values(const Argument&, int64_t total);
 
-// Rows [total, channels]: how many channels there may be, and that a gradient fits its rows.
+// Rows [total, channels]: how many channels there may be, and that other rows are like them.
 void check_channels(const Argument&, int64_t channels);
-void check_gradient_of_rows(const Argument& gradient, const Argument& rows);
+void check_rows_like(const Argument& a, const Argument& rows);
 
 // A pool of states is updated in place, so it cannot be copied: it must be contiguous.
 void check_pool(const Argument&, int64_t dims, const char* layout);

@@ -87,16 +87,10 @@ struct Ready : Inputs {
   }
 };
 
-void run(const Conv1dForward& call, const Cpu& backend) { conv1d_forward(call, Executor(backend)); }
-void run(const Conv1dStep& call, const Cpu& backend) { conv1d_step(call, Executor(backend)); }
-void run(const Conv1dBackward& call, const Tensor&, const Cpu& backend) { conv1d_backward(call, Executor(backend)); }
+void run(const Conv1dBackward& call, const Tensor&, const Cpu& on) { conv1d_backward(call, on); }
 #if PACKSEQ_HAS_CUDA
-void run(const Conv1dForward& call, const Cuda& backend) { conv1d_forward(call, backend.stream); }
-void run(const Conv1dStep& call, const Cuda& backend) { conv1d_step(call, backend.stream); }
-void run(Conv1dBackward call, const Tensor& like, const Cuda& backend) {
-  const Tensor space = workspace(like, conv1d_backward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  conv1d_backward(call, backend.stream);
+void run(const Conv1dBackward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, conv1d_backward_workspace(call.problem), like, on, conv1d_backward);
 }
 #endif
 
@@ -109,10 +103,10 @@ std::tuple<Tensor, Tensor> causal_conv1d(const Tensor& x, const Tensor& weight, 
   const Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   const Tensor final_states =
       torch::stable::new_empty(x, {return_final_states ? in.sequences() : 0, in.channels(), in.width() - 1});
-  run(Conv1dForward{.problem = in.problem(),
-                    .out = out.mutable_data_ptr(),
-                    .final_states = return_final_states ? final_states.mutable_data_ptr() : nullptr},
-      backend);
+  conv1d_forward({.problem = in.problem(),
+                  .out = out.mutable_data_ptr(),
+                  .final_states = return_final_states ? final_states.mutable_data_ptr() : nullptr},
+                 backend);
   return {out, final_states};
 }
 
@@ -124,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> causal_conv1d_backward(const Tensor& 
                                                                   const OptionalTensor& initial_states, bool silu,
                                                                   bool reverse) {
   const Ready in({"causal_conv1d_backward", x, weight, cu_seqlens, bias, initial_states, silu, reverse});
-  check_gradient_of_rows(in.named("dout", dout_in), in.named("x", x));
+  check_rows_like(in.named("dout", dout_in), in.named("x", x));
   if (dfinal_states_in) check_states(in, in.named("dfinal_states", *dfinal_states_in), in.sequences());
   const Backend backend(x);
   const Tensor dout = readable(dout_in);
@@ -162,12 +156,12 @@ Tensor causal_conv1d_step(Tensor states, const Tensor& x, const Tensor& weight, 
 
   const Backend backend(x);
   const Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  run(Conv1dStep{.problem = in.problem(),
-                 .pool = states.mutable_data_ptr(),
-                 .slots = states.size(0),
-                 .indices = static_cast<const int32_t*>(data_of(indices)),
-                 .out = out.mutable_data_ptr()},
-      backend);
+  conv1d_step({.problem = in.problem(),
+               .pool = states.mutable_data_ptr(),
+               .slots = states.size(0),
+               .indices = static_cast<const int32_t*>(data_of(indices)),
+               .out = out.mutable_data_ptr()},
+              backend);
   return out;
 }
 

@@ -8,6 +8,7 @@
 
 #include "torch/backend.h"
 #include "torch/checks.h"
+#include "torch/s4_parameters.h"
 
 namespace packseq {
 namespace {
@@ -29,10 +30,6 @@ void check_like(const Argument& a, const Argument& like) {
 
 void check_length(const char* op, int64_t length) {
   check(length >= 1, op, ": length must be 1 or more, got ", length);
-}
-
-void check_poles(const Argument& a, int64_t poles) {
-  check(poles >= 1 && poles <= kMostPoles, a, " must have between 1 and ", kMostPoles, " poles, got ", poles);
 }
 
 // Sizes of `t` with another last one.
@@ -139,6 +136,7 @@ struct VandermondeInputs {
   // The transpose's rows are as long as they are.
   VandermondeProblem rows() {
     check(values.dim() >= 1, named(name, values), " must be [*groups, *rows, length], got shape ", shape_of(values));
+    check(values.size(values.dim() - 1) >= 1, named(name, values), " must have a last dimension of 1 or more, got 0");
     const bool is_complex = values.scalar_type() == x.scalar_type();
     if (!is_complex && values.scalar_type() != real_type()) {
       fail(named(name, values), " must be ", name_of(real_type()), " or ", name_of(complex_of(real_type())), ", got ",
@@ -153,49 +151,18 @@ struct VandermondeInputs {
 
 // ---- S4
 
-struct S4Inputs {
-  const char* op;
-  Tensor w, B, C, dt;
-  OptionalTensor P;
-
-  Argument named(const char* name, const Tensor& t) const { return {op, name, t}; }
-  bool has_filters() const { return C.dim() == 3; }
-
+struct S4Inputs : S4Parameters {
   S4Problem checked(int64_t length) {
-    const auto w_named = named("w", w), B_named = named("B", B), C_named = named("C", C), dt_named = named("dt", dt);
-    check_dims(w_named, 2, "[channels, poles]");
-    const int64_t channels = w.size(0), poles = w.size(1);
-    const Dtype real = real_of(w_named);
-    check_poles(w_named, poles);
-    check_shape(B_named, {channels, poles});
-    check_like(B_named, w_named);
-    if (has_filters()) {
-      check_shape(C_named, {C.size(0), channels, poles});
-    } else {
-      check_dims(C_named, 2, "[channels, poles] or [filters, channels, poles]");
-      check_shape(C_named, {channels, poles});
-    }
-    check_like(C_named, w_named);
-    check_shape(dt_named, {channels});
-    check_dtype(dt_named, scalar_type_of(real));
-    check_same_device(dt_named, w_named);
-    if (P) {
-      const auto P_named = named("P", *P);
-      check_dims(P_named, 3, "[rank, channels, poles]");
-      check(P->size(0) == 1 || P->size(0) == 2, P_named, " must have rank 1 or 2, got ", P->size(0));
-      check_shape(P_named, {P->size(0), channels, poles});
-      check_like(P_named, w_named);
-    }
+    const Dtype real = real_of(named("w", w));
+    check_all(w.scalar_type(), named("w", w));
     check_length(op, length);
-
-    for (Tensor* t : {&w, &B, &C, &dt}) *t = torch::stable::contiguous(*t);
-    make_contiguous(P);
+    make_contiguous();
     return {.real = real,
-            .filters = has_filters() ? C.size(0) : 1,
-            .channels = channels,
+            .filters = filters(),
+            .channels = channels(),
             .length = length,
-            .poles = int(poles),
-            .rank = P ? int(P->size(0)) : 0,
+            .poles = int(poles()),
+            .rank = int(rank()),
             .w = w.const_data_ptr(),
             .P = data_of(P),
             .B = B.const_data_ptr(),
@@ -216,46 +183,30 @@ Tensor gradient_given(const char* op, const Tensor& dout, const std::vector<int6
   return torch::stable::contiguous(dout);
 }
 
-// ---- on either backend
+// ---- what needs a workspace on a GPU
 
-void run(const CauchyForward& call, const Tensor&, const Cpu& on) { cauchy_forward(call, Executor(on)); }
-void run(const CauchyBackward& call, const Tensor&, const Cpu& on) { cauchy_backward(call, Executor(on)); }
-void run(const VandermondeForward& call, const Tensor&, const Cpu& on) { vandermonde_forward(call, Executor(on)); }
-void run(const VandermondeBackward& call, const Tensor&, const Cpu& on) { vandermonde_backward(call, Executor(on)); }
-void run(const VandermondeTranspose& call, const Tensor&, const Cpu& on) { vandermonde_transpose(call, Executor(on)); }
+void run(const CauchyBackward& call, const Tensor&, const Cpu& on) { cauchy_backward(call, on); }
+void run(const VandermondeBackward& call, const Tensor&, const Cpu& on) { vandermonde_backward(call, on); }
+void run(const VandermondeTranspose& call, const Tensor&, const Cpu& on) { vandermonde_transpose(call, on); }
 void run(const VandermondeTransposeBackward& call, const Tensor&, const Cpu& on) {
-  vandermonde_transpose_backward(call, Executor(on));
+  vandermonde_transpose_backward(call, on);
 }
-void run(const S4Spectrum& call, const Tensor&, const Cpu& on) { s4_spectrum(call, Executor(on)); }
-void run(const S4SpectrumBackward& call, const Tensor&, const Cpu& on) { s4_spectrum_backward(call, Executor(on)); }
+void run(const S4SpectrumBackward& call, const Tensor&, const Cpu& on) { s4_spectrum_backward(call, on); }
 #if PACKSEQ_HAS_CUDA
-void run(const CauchyForward& call, const Tensor&, const Cuda& on) { cauchy_forward(call, on.stream); }
-void run(CauchyBackward call, const Tensor& like, const Cuda& on) {
-  const Tensor space = workspace(like, cauchy_backward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  cauchy_backward(call, on.stream);
+void run(const CauchyBackward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, cauchy_backward_workspace(call.problem, call.dz != nullptr), like, on, cauchy_backward);
 }
-void run(const VandermondeForward& call, const Tensor&, const Cuda& on) { vandermonde_forward(call, on.stream); }
-void run(VandermondeBackward call, const Tensor& like, const Cuda& on) {
-  const Tensor space = workspace(like, vandermonde_backward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  vandermonde_backward(call, on.stream);
+void run(const VandermondeBackward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, vandermonde_backward_workspace(call.problem), like, on, vandermonde_backward);
 }
-void run(VandermondeTranspose call, const Tensor& like, const Cuda& on) {
-  const Tensor space = workspace(like, vandermonde_backward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  vandermonde_transpose(call, on.stream);
+void run(const VandermondeTranspose& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, vandermonde_backward_workspace(call.problem), like, on, vandermonde_transpose);
 }
-void run(VandermondeTransposeBackward call, const Tensor& like, const Cuda& on) {
-  const Tensor space = workspace(like, vandermonde_backward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  vandermonde_transpose_backward(call, on.stream);
+void run(const VandermondeTransposeBackward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, vandermonde_backward_workspace(call.problem), like, on, vandermonde_transpose_backward);
 }
-void run(const S4Spectrum& call, const Tensor&, const Cuda& on) { s4_spectrum(call, on.stream); }
-void run(S4SpectrumBackward call, const Tensor& like, const Cuda& on) {
-  const Tensor space = workspace(like, s4_spectrum_backward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  s4_spectrum_backward(call, on.stream);
+void run(const S4SpectrumBackward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, s4_spectrum_backward_workspace(call.problem), like, on, s4_spectrum_backward);
 }
 #endif
 
@@ -267,7 +218,7 @@ Tensor cauchy(const Tensor& v, const Tensor& z, const Tensor& w, bool conjugate)
   const CauchyProblem problem = in.checked();
   const Backend backend(w);
   const Tensor out = empty(v, sizes_with(v, problem.nodes), w.scalar_type());
-  run(CauchyForward{.problem = problem, .out = out.mutable_data_ptr()}, w, backend);
+  cauchy_forward({.problem = problem, .out = out.mutable_data_ptr()}, backend);
   return out;
 }
 
@@ -296,8 +247,7 @@ Tensor vandermonde(const Tensor& v, const Tensor& x, int64_t length, bool conjug
   const VandermondeProblem problem = in.numerators_of(length, conjugate);
   const Backend backend(x);
   const Tensor out = empty(v, sizes_with(v, length), in.out_type(conjugate));
-  run(VandermondeForward{.problem = problem, .v = in.values.const_data_ptr(), .out = out.mutable_data_ptr()}, x,
-      backend);
+  vandermonde_forward({.problem = problem, .v = in.values.const_data_ptr(), .out = out.mutable_data_ptr()}, backend);
   return out;
 }
 
@@ -352,11 +302,11 @@ std::tuple<Tensor, Tensor> transpose_backward(const Tensor& dout_in, const Tenso
 template <class Backend>
 Tensor spectrum(const Tensor& w, const Tensor& B, const Tensor& C, const Tensor& dt, int64_t length,
                 const OptionalTensor& P) {
-  S4Inputs in{"s4_spectrum", w, B, C, dt, P};
+  S4Inputs in{{"s4_spectrum", w, B, C, dt, P}};
   const S4Problem problem = in.checked(length);
   const Backend backend(w);
   const Tensor out = empty(w, in.spectrum_sizes(length), w.scalar_type());
-  run(S4Spectrum{.problem = problem, .out = out.mutable_data_ptr()}, w, backend);
+  s4_spectrum({.problem = problem, .out = out.mutable_data_ptr()}, backend);
   return out;
 }
 
@@ -364,7 +314,7 @@ template <class Backend>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> spectrum_backward(const Tensor& dout_in, const Tensor& w,
                                                                      const Tensor& B, const Tensor& C, const Tensor& dt,
                                                                      int64_t length, const OptionalTensor& P) {
-  S4Inputs in{"s4_spectrum_backward", w, B, C, dt, P};
+  S4Inputs in{{"s4_spectrum_backward", w, B, C, dt, P}};
   const S4Problem problem = in.checked(length);
   const Tensor dout = gradient_given(in.op, dout_in, in.spectrum_sizes(length), w.scalar_type(), in.named("w", w));
   const Backend backend(w);

@@ -36,13 +36,8 @@ void check_inputs(const Inputs& in) {
   check_dims(u, 2, "[total, channels]");
   check_channels(u, in.channels());
   dtype_on_device(u);
-  const auto check_gate = [&](const Argument& gate) {
-    check_shape(gate, {in.total(), in.channels()});
-    check_same_dtype(gate, u);
-    check_same_device(gate, u);
-  };
-  if (in.pre_gate) check_gate(in.named("pre_gate", *in.pre_gate));
-  if (in.gate) check_gate(in.named("gate", *in.gate));
+  if (in.pre_gate) check_rows_like(in.named("pre_gate", *in.pre_gate), u);
+  if (in.gate) check_rows_like(in.named("gate", *in.gate), u);
 
   check_filter(in, in.named("k", in.k));
   if (in.k_after) check_filter(in, in.named("k_after", *in.k_after));
@@ -62,16 +57,14 @@ void check_inputs(const Inputs& in) {
 struct Ready : Inputs {
   explicit Ready(const Inputs& in) : Inputs(in) {
     check_inputs(in);
-    u = readable(u, alignment());
+    u = readable(u);
     for (OptionalTensor* rows : {&pre_gate, &gate}) {
-      if (*rows) *rows = readable(**rows, alignment());
+      if (*rows) *rows = readable(**rows);
     }
     k = torch::stable::contiguous(k);
     make_contiguous(k_after);
     make_contiguous(D);
   }
-
-  int64_t alignment() const { return alignment_of(u, channels()); }
 
   LongConvProblem problem() const {
     return {.dtype = dtype_of(named("u", u)),
@@ -91,20 +84,14 @@ struct Ready : Inputs {
   }
 };
 
-void run(const LongConvForward& call, const Tensor&, const Cpu& backend) { long_conv_forward(call, Executor(backend)); }
-void run(const LongConvBackward& call, const Tensor&, const Cpu& backend) {
-  long_conv_backward(call, Executor(backend));
-}
+void run(const LongConvForward& call, const Tensor&, const Cpu& on) { long_conv_forward(call, on); }
+void run(const LongConvBackward& call, const Tensor&, const Cpu& on) { long_conv_backward(call, on); }
 #if PACKSEQ_HAS_CUDA
-void run(LongConvForward call, const Tensor& like, const Cuda& backend) {
-  const Tensor space = workspace(like, long_conv_forward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  long_conv_forward(call, backend.stream);
+void run(const LongConvForward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, long_conv_forward_workspace(call.problem), like, on, long_conv_forward);
 }
-void run(LongConvBackward call, const Tensor& like, const Cuda& backend) {
-  const Tensor space = workspace(like, long_conv_backward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  long_conv_backward(call, backend.stream);
+void run(const LongConvBackward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, long_conv_backward_workspace(call.problem), like, on, long_conv_backward);
 }
 #endif
 
@@ -124,9 +111,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> long_conv_backward(
     const Tensor& dout_in, const Tensor& u, const Tensor& k, const Tensor& cu_seqlens, const OptionalTensor& D,
     const OptionalTensor& pre_gate, const OptionalTensor& gate, const OptionalTensor& k_after, bool reverse) {
   const Ready in({"long_conv_backward", u, k, cu_seqlens, D, pre_gate, gate, k_after, reverse});
-  check_gradient_of_rows(in.named("dout", dout_in), in.named("u", u));
+  check_rows_like(in.named("dout", dout_in), in.named("u", u));
   const Backend backend(u);
-  const Tensor dout = readable(dout_in, in.alignment());
+  const Tensor dout = readable(dout_in);
 
   const Tensor du = gradient_of(u), dk = gradient_of(k);
   const Tensor dD = gradient_of(D, k), dpre_gate = gradient_of(pre_gate, u), dgate = gradient_of(gate, u);

@@ -66,12 +66,10 @@ int64_t check_capacity(const PaddedShape& shape, std::optional<int64_t> capacity
   return rows;
 }
 
-void run(const Pack& call, const Tensor&, const Cpu& backend) { pack(call, Executor(backend)); }
+void run(const Pack& call, const Tensor&, const Cpu& on) { pack(call, on); }
 #if PACKSEQ_HAS_CUDA
-void run(Pack call, const Tensor& like, const Cuda& backend) {
-  const Tensor space = workspace(like, pack_workspace(call));
-  call.workspace = space.mutable_data_ptr();
-  pack(call, backend.stream);
+void run(const Pack& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, pack_workspace(call), like, on, pack);
 }
 #endif
 

@@ -36,13 +36,8 @@ void check_rows(const Inputs& in) {
   check_dims(u, 2, "[total, channels]");
   check_channels(u, in.channels());
   dtype_on_device(u);
-  const auto check_like_u = [&](const Argument& a) {
-    check_shape(a, {in.total(), in.channels()});
-    check_same_dtype(a, u);
-    check_same_device(a, u);
-  };
-  check_like_u(in.named("delta", in.delta));
-  if (in.z) check_like_u(in.named("z", *in.z));
+  check_rows_like(in.named("delta", in.delta), u);
+  if (in.z) check_rows_like(in.named("z", *in.z), u);
 }
 
 void check_parameters(const Inputs& in) {
@@ -136,21 +131,15 @@ struct Ready : Inputs {
   }
 };
 
-void run(const ScanForward& call, const Tensor&, const Cpu& backend) { scan_forward(call, Executor(backend)); }
-void run(const ScanBackward& call, const Tensor&, const Cpu& backend) { scan_backward(call, Executor(backend)); }
-void run(const ScanStep& call, const Tensor&, const Cpu& backend) { scan_step(call, Executor(backend)); }
+void run(const ScanForward& call, const Tensor&, const Cpu& on) { scan_forward(call, on); }
+void run(const ScanBackward& call, const Tensor&, const Cpu& on) { scan_backward(call, on); }
 #if PACKSEQ_HAS_CUDA
-void run(ScanForward call, const Tensor& like, const Cuda& backend) {
-  const Tensor space = workspace(like, scan_forward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  scan_forward(call, backend.stream);
+void run(const ScanForward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, scan_forward_workspace(call.problem), like, on, scan_forward);
 }
-void run(ScanBackward call, const Tensor& like, const Cuda& backend) {
-  const Tensor space = workspace(like, scan_backward_workspace(call.problem));
-  call.workspace = space.mutable_data_ptr();
-  scan_backward(call, backend.stream);
+void run(const ScanBackward& call, const Tensor& like, const Cuda& on) {
+  run_in_workspace(call, scan_backward_workspace(call.problem), like, on, scan_backward);
 }
-void run(const ScanStep& call, const Tensor&, const Cuda& backend) { scan_step(call, backend.stream); }
 #endif
 
 template <class Backend>
@@ -181,7 +170,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     bool delta_softplus, bool reverse) {
   const Ready in({"selective_scan_backward", u, delta, A, B, C, cu_seqlens, D, z, delta_bias, initial_states,
                   delta_softplus, reverse});
-  check_gradient_of_rows(in.named("dout", dout_in), in.named("u", u));
+  check_rows_like(in.named("dout", dout_in), in.named("u", u));
   if (dfinal_states_in) check_states(in, in.named("dfinal_states", *dfinal_states_in), in.sequences());
   const Backend backend(u);
   const Tensor dout = readable(dout_in, in.alignment());
@@ -225,12 +214,12 @@ Tensor selective_scan_step(Tensor states, const Tensor& u, const Tensor& delta, 
 
   const Backend backend(u);
   const Tensor out = torch::stable::new_empty(u, {in.total(), in.channels()});
-  run(ScanStep{.problem = in.problem(),
-               .pool = states.mutable_data_ptr(),
-               .slots = states.size(0),
-               .indices = static_cast<const int32_t*>(data_of(indices)),
-               .out = out.mutable_data_ptr()},
-      u, backend);
+  scan_step({.problem = in.problem(),
+             .pool = states.mutable_data_ptr(),
+             .slots = states.size(0),
+             .indices = static_cast<const int32_t*>(data_of(indices)),
+             .out = out.mutable_data_ptr()},
+            backend);
   return out;
 }
 

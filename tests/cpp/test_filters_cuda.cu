@@ -78,7 +78,7 @@ CauchyGot run(const Cauchy& c) {
                            .v = v.data(),
                            .z = z.data(),
                            .w = w.data()};
-  const DeviceArray<char> workspace(int64_t(cauchy_backward_workspace(p)));
+  const DeviceArray<char> workspace(int64_t(cauchy_backward_workspace(p, true)));
   cauchy_forward({.problem = p, .out = out.data()}, nullptr);
   cauchy_backward({.problem = p,
                    .dout = dout.data(),

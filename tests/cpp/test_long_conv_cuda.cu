@@ -485,6 +485,26 @@ TEST_F(LongConvCuda, MalformedBoundariesStayInside) {
   }
 }
 
+// More sequences than rows, every other one claiming all of them.
+TEST_F(LongConvCuda, OverlappingSequencesStayInside) {
+  std::vector<int> lengths(128, 0);
+  lengths[0] = 10;
+  LongConv v({.lengths = lengths, .channels = 33, .taps = 12, .slack = 0});
+  for (size_t i = 0; i < v.cu.size(); ++i) v.cu[i] = i % 2 ? 10 : 0;
+  run(v);
+}
+
+// The blocks that chips with little shared memory get.
+TEST_F(LongConvCuda, LengthsInSmallBlocks) {
+  setenv("PACKSEQ_SMALL_TILES", "1", 1);
+  expect_all_right(option_cases());
+  expect_all_right({{.lengths = {900, 2500, 64, 5000}, .channels = 5, .taps = 5000}});
+  LongConv v({.lengths = std::vector<int>(128, 0), .channels = 33, .taps = 12, .slack = 10});
+  for (size_t i = 0; i < v.cu.size(); ++i) v.cu[i] = i % 2 ? 10 : 0;
+  run(v);
+  unsetenv("PACKSEQ_SMALL_TILES");
+}
+
 // A recorded call follows the boundaries that it finds.
 TEST_F(LongConvCuda, RecordedCallsFollowTheBoundaries) {
   LongConv v({.lengths = {5000, 64, 300}, .channels = 3, .taps = 5000, .slack = 0});

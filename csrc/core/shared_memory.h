@@ -1,8 +1,22 @@
-// Spreading blocks over multiprocessors evenly.
+// How much shared memory blocks of threads may have, and should.
 #pragma once
+#include <cstdlib>
+#include <string_view>
+
 #include "core/launch.h"
 
 namespace packseq {
+
+// The most bytes a block can have on the current device; PACKSEQ_SMALL_TILES=1 says 99 KiB, as some chips have, so that
+// what those get can be tested on any.
+inline size_t most_shared_memory(const char* what) {
+  const char* small = std::getenv("PACKSEQ_SMALL_TILES");
+  if (small && std::string_view(small) == "1") return 99 * 1024;
+  int device, bytes;
+  check_cuda(cudaGetDevice(&device), what);
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), what);
+  return size_t(bytes);
+}
 
 // Shared memory for a kernel of which about `blocks` blocks have work, at least `needed`: so much that none of the
 // multiprocessors takes more than its even share. Left alone the GPU gives some of them half as many again where the
