@@ -1,4 +1,4 @@
-"""Boundaries where the caller gives none."""
+"""Boundaries where the caller gives none, and which rows lie beyond them."""
 
 import torch
 from torch import Tensor
@@ -19,3 +19,10 @@ def _rows(name: str, x: Tensor) -> int:
     if total > _MOST_ROWS:
         raise ValueError(f"{name} must have at most 2^31 - 1 rows where cu_seqlens is not given, got {total}")
     return total
+
+
+def slack_rows(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
+    """Which rows are of no sequence, bool ``[total]``; None where all are of the one."""
+    if cu_seqlens is None:
+        return None
+    return torch.arange(total, dtype=torch.int32, device=cu_seqlens.device) >= cu_seqlens[-1]

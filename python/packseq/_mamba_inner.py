@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ._boundaries import slack_rows
 from ._registration import _library, empty_gradient, register_autocast, register_gradient
 
 # The products within must not be cast again, and their backward may run under autocast too.
@@ -45,11 +46,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _slack(rows: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[total, 1]: whether a row stands after the last sequence."""
-    return (torch.arange(len(rows), device=rows.device) >= cu_seqlens[-1])[:, None]
-
-
 def _convolved(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, cu_seqlens: Tensor, reverse: bool) -> Tensor:
     return torch.ops.packseq.causal_conv1d(x, conv_weight, cu_seqlens, conv_bias, None, True, reverse)[0]
 
@@ -72,7 +68,7 @@ def _forward(
         y = torch.ops.packseq.selective_scan(u, delta, A, B, C, cu_seqlens, D, z, dt_bias, None, True, reverse)[0]
         out = linear(y, out_proj, out_bias)
         if out_bias is not None:
-            out.masked_fill_(_slack(out, cu_seqlens), 0)
+            out.masked_fill_(slack_rows(cu_seqlens, len(out))[:, None], 0)
         return out, x_dbl, y
 
 
@@ -81,7 +77,9 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     _check("mamba_inner_backward", xz, conv_weight, x_proj, dt_proj, out_proj, out_bias, A)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-        dout = dout.masked_fill(_slack(dout, cu_seqlens), 0)  # sums over rows must not meet what is there
+        dout = dout.masked_fill(
+            slack_rows(cu_seqlens, len(dout))[:, None], 0
+        )  # sums over rows must not meet what is there
         dout_proj, dy = dout.t() @ y, dout @ out_proj
         x, z = xz.chunk(2, 1)
         u = _convolved(x, conv_weight, conv_bias, cu_seqlens, reverse)

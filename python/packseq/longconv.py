@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from ._boundaries import one_sequence, one_token_each
+from ._boundaries import one_sequence, one_token_each, slack_rows
 from ._registration import empty_gradient, register_autocast, register_gradient, register_without_gradient, widened
 from .scan import selective_scan
 
@@ -79,9 +79,9 @@ def long_conv(
     _check_modes(modes, u, k_after)
     with _without_autocast(u.device):
         # As the operator saw them, but for rows that are nobody's: NaN must not come from there.
-        inside = torch.arange(u.shape[0], device=u.device)[:, None] < cu_seqlens[-1]
+        slack = slack_rows(cu_seqlens, u.shape[0])[:, None]
         u, pre_gate, gate = (
-            None if x is None else _wide(torch.where(inside, x.to(out.dtype), 0)) for x in (u, pre_gate, gate)
+            None if x is None else _wide(x.to(out.dtype).masked_fill(slack, 0)) for x in (u, pre_gate, gate)
         )
         of_model = {"cu_seqlens": cu_seqlens, "initial_states": initial_states, "reverse": reverse}
         if initial_states is not None:

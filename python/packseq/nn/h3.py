@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .._boundaries import slack_rows
 from .._registration import wide_dtype, widened
 from ..longconv import long_conv
-from .rows import slack_rows
 from .s4 import check_rows
 from .ssm import DiagonalSsm, without_decay
 

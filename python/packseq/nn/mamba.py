@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._boundaries import slack_rows
 from .._registration import wide_dtype
 from ..scan import causal_conv1d, causal_conv1d_step, mamba_inner, selective_scan, selective_scan_step
-from .rows import check_boundaries, slack_rows
+from .rows import check_boundaries
 
 
 class MambaStates(NamedTuple):

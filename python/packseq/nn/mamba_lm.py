@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._boundaries import slack_rows
 from ..packing import from_list
 from .mamba import Mamba, MambaStates
-from .rows import check_boundaries, slack_rows
+from .rows import check_boundaries
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """From packed rows to sequences and back: which sequence a row is of, its position there, one vector a sequence; and
-what is checked of rows and boundaries."""
+what is checked of boundaries."""
 
 import os
 
@@ -22,13 +22,6 @@ def sequences_and_positions(cu_seqlens: Tensor, total: int) -> tuple[Tensor, Ten
     sequences = torch.searchsorted(cu_seqlens, rows, right=True, out_int32=True) - 1
     positions = torch.where(rows < cu_seqlens[-1], rows - cu_seqlens[sequences], 0)
     return sequences, positions
-
-
-def slack_rows(cu_seqlens: Tensor | None, total: int) -> Tensor | None:
-    """Which rows are of no sequence, bool ``[total]``; None where all are of the one."""
-    if cu_seqlens is None:
-        return None
-    return torch.arange(total, dtype=torch.int32, device=cu_seqlens.device) >= cu_seqlens[-1]
 
 
 def mean_pool(hidden: Tensor, cu_seqlens: Tensor) -> Tensor:

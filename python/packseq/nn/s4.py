@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._boundaries import slack_rows
 from .._registration import wide_dtype
 from ..longconv import long_conv
-from .rows import check_boundaries, contents_may_be_checked, slack_rows
+from .rows import check_boundaries, contents_may_be_checked
 from .ssm import DiagonalSsm, DplrSsm
 
 
