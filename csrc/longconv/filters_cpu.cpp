@@ -66,7 +66,7 @@ double cost_of_node(const CauchyProblem& p) { return double(p.poles) * double(8 
 template <class Real>
 void finish(const CauchyBackward& b, const RowParts& cut, const std::vector<double>& sums, int64_t row) {
   const CauchyProblem& p = b.problem;
-  const int64_t parts = cut.per_row(), doubles = CauchySums::doubles(p);
+  const int64_t parts = cut.per_row(), doubles = CauchyPartSums::doubles(p);
   const double* const own = sums.data() + row * parts * doubles;
   for (int64_t n = 0; b.dw && n < p.poles; ++n) {
     put<Real>(b.dw, row * p.poles + n, total_of(own, parts, doubles, n));
@@ -93,7 +93,7 @@ void cauchy_backward(const CauchyBackward& b, const Executor& executor) {
   const CauchyProblem& p = b.problem;
   const FilterKernels kernels = kernels_for(p.real);
   const RowParts cut = {p.rows, p.nodes, kNodeSegment, b.dz ? std::max<int64_t>(1, divide_up(p.rows, most_runs)) : 1};
-  const int64_t doubles = CauchySums::doubles(p);
+  const int64_t doubles = CauchyPartSums::doubles(p);
   std::vector<double> sums(size_t(p.rows * cut.per_row() * doubles)), dz(b.dz ? size_t(2 * cut.runs() * p.nodes) : 0);
   cut.each(executor, 3 * cost_of_node(p), kernels.cauchy_scratch(p),
            [&](const FilterPart& part, int64_t number, int64_t run, void* scratch) {

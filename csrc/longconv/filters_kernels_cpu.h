@@ -20,7 +20,7 @@ constexpr int64_t kNodeSegment = 1 << 14;
 
 // ---- Cauchy: a part's sums are pairs, for each row [poles] of dw, then [groups, poles] of dv.
 
-struct CauchySums {
+struct CauchyPartSums {
   PACKSEQ_HOST_DEVICE static int64_t doubles(const CauchyProblem& p) { return 2 * (p.groups + 1) * int64_t(p.poles); }
 };
 
