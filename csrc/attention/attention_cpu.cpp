@@ -3,13 +3,12 @@
 // Work is cut by the sequence's own length, and every piece owns the rows that it writes. So the result depends
 // neither on the number of threads nor on what else is in the batch.
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "attention/attention.h"
 #include "attention/kernels_cpu.h"
 #include "attention/mask.h"
+#include "core/cpu/memory.h"
 #include "core/cpu/work_list.h"
 
 namespace packseq {
@@ -29,23 +28,6 @@ AttentionKernels kernels_for(Dtype dtype) {
 #endif
   return baseline::attention_kernels(dtype);
 }
-
-// One aligned piece of memory for each worker.
-class WorkerScratch {
- public:
-  WorkerScratch(int workers, size_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
-    memory_.reset(static_cast<char*>(::operator new(bytes_* workers, kAlign)));
-  }
-  void* of(int64_t worker) const { return memory_.get() + worker * bytes_; }
-
- private:
-  static constexpr std::align_val_t kAlign{4096};
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, kAlign); }
-  };
-  size_t bytes_;
-  std::unique_ptr<char, Free> memory_;
-};
 
 Span queries_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_q, p.sequences, p.total_q, i); }
 Span keys_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_k, p.sequences, p.total_k, i); }
@@ -96,7 +78,7 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
   }
   const AttentionKernels kernels = kernels_for(p.dtype);
   const int workers = work.workers(executor, p.kv_heads);
-  const WorkerScratch scratch(workers, kernels.forward_scratch(p));
+  const AlignedMemory scratch(workers, kernels.forward_scratch(p));
   using Piece = WorkList<Place>::Piece;
   const auto tile = [&](const Piece& x) {
     return QueryTile{queries_of(p, x.item->sequence), keys_of(p, x.item->sequence), x.item->q0, x.item->q1,
@@ -104,7 +86,7 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
   };
   work.run(executor, workers, p.kv_heads, [&](const Piece& piece, const Piece& next, int64_t worker) {
     const QueryTile after = next.item ? tile(next) : QueryTile{};
-    kernels.forward(f, tile(piece), next.item ? &after : nullptr, scratch.of(worker));
+    kernels.forward(f, tile(piece), next.item ? &after : nullptr, scratch[worker]);
   });
 }
 
@@ -131,7 +113,7 @@ void attention_backward(const AttentionBackward& b, const Executor& executor) {
   std::vector<double> dsinks(p.sinks ? p.sequences * p.heads : 0);
   const AttentionKernels kernels = kernels_for(p.dtype);
   const int workers = work.workers(executor, p.kv_heads);
-  const WorkerScratch scratch(workers, kernels.backward_scratch(p, longest_k));
+  const AlignedMemory scratch(workers, kernels.backward_scratch(p, longest_k));
   using Piece = WorkList<int64_t>::Piece;
   const auto sequence = [&](const Piece& x) {
     double* const parts = p.sinks ? dsinks.data() + *x.item * p.heads : nullptr;
@@ -139,7 +121,7 @@ void attention_backward(const AttentionBackward& b, const Executor& executor) {
   };
   work.run(executor, workers, p.kv_heads, [&](const Piece& piece, const Piece& next, int64_t worker) {
     const SequenceHead after = next.item ? sequence(next) : SequenceHead{};
-    kernels.backward(b, sequence(piece), next.item ? &after : nullptr, scratch.of(worker));
+    kernels.backward(b, sequence(piece), next.item ? &after : nullptr, scratch[worker]);
   });
   for (int h = 0; p.sinks && h < p.heads; ++h) {
     double sum = 0;

@@ -50,12 +50,10 @@ void for_pieces(const LongConvPlan& plan, const std::vector<LongConvPlan::Run>& 
     scratch = std::max(scratch, scratch_for(plan.points(run)));
   }
   const int workers = work.workers(executor, plan.tiles());
-  const size_t stride = (scratch + 4095) / 4096 * 4096;
-  const AlignedMemory memory(stride * size_t(workers));
+  const AlignedMemory memory(workers, scratch);
   using Piece = WorkList<LongConvPlan::Run>::Piece;
-  work.run(executor, workers, plan.tiles(), [&](const Piece& piece, const Piece&, int64_t worker) {
-    f(*piece.item, piece.copy, memory.data() + stride * size_t(worker));
-  });
+  work.run(executor, workers, plan.tiles(),
+           [&](const Piece& piece, const Piece&, int64_t worker) { f(*piece.item, piece.copy, memory[worker]); });
 }
 
 // The gradients that sequences share. Where a tile has one run alone, whoever computes it stores them; otherwise they

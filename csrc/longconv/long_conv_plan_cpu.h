@@ -7,30 +7,14 @@
 #include <cstring>
 #include <deque>
 #include <limits>
-#include <memory>
-#include <new>
 #include <numbers>
 #include <utility>
 #include <vector>
 
+#include "core/cpu/memory.h"
 #include "longconv/long_conv_kernels_cpu.h"
 
 namespace packseq {
-
-// Aligned memory, not cleared.
-class AlignedMemory {
- public:
-  explicit AlignedMemory(size_t bytes)
-      : memory_(static_cast<char*>(::operator new (std::max<size_t>(bytes, 1), std::align_val_t{kPage}))) {}
-  char* data() const { return memory_.get(); }
-
- private:
-  static constexpr size_t kPage = 4096;
-  struct Free {
-    void operator()(char* p) const { ::operator delete (p, std::align_val_t{kPage}); }
-  };
-  std::unique_ptr<char, Free> memory_;
-};
 
 // exp(2 pi i n / count) for whole n, by two tables and one product. count is a multiple of 8.
 class RootsOfUnity {
@@ -106,8 +90,8 @@ inline FftPlan plan_of(int64_t points) {
 // exp(2 pi i (t + 4 blocks j) / (4 blocks radix)); the first block is that of i, t = 1.
 template <class Real>
 AlignedMemory make_factors(FftPlan& plan) {
-  AlignedMemory memory(size_t(plan.points) * 2 * sizeof(Real));
-  Real* next = reinterpret_cast<Real*>(memory.data());
+  AlignedMemory memory(1, size_t(plan.points) * 2 * sizeof(Real));
+  Real* next = reinterpret_cast<Real*>(memory[0]);
   const RootsOfUnity root(4 * plan.points);
   std::vector<int64_t> blocks = {1}, parts;
   for (int level = 0; level < plan.levels; ++level) {

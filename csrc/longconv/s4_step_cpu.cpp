@@ -38,10 +38,10 @@ void s4_step(const S4Step& s, const Executor& executor) {
 
   const StepKernels kernels = kernels_for(s.dtype);
   const size_t bytes = kernels.parameter_bytes(s);
-  const Scratchpad parameters(bytes * size_t(s.channels));
+  const AlignedMemory parameters(1, bytes * size_t(s.channels));
   const double cost = double(s.poles) * double(8 + 4 * s.rank + 2 * s.filters);  // of a channel's token
   for_ranges(executor, s.channels, 16 * cost, 0, [&](int64_t begin, int64_t end, void*) {
-    for (int64_t c = begin; c < end; ++c) kernels.prepare(s, c, parameters.get() + c * bytes);
+    for (int64_t c = begin; c < end; ++c) kernels.prepare(s, c, parameters[0] + c * bytes);
   });
 
   // A block's sequences go one after another: they share its parameters.
@@ -54,7 +54,7 @@ void s4_step(const S4Step& s, const Executor& executor) {
                  const Span rows = rows_of(sequence);
                  if (!known(sequence) || rows.size() == 0) continue;
                  kernels.step(s, rows, static_cast<char*>(s.pool) + size_t(slot_of(sequence)) * states,
-                              i / s.sequences * kStepChannels, parameters.get(), scratch);
+                              i / s.sequences * kStepChannels, parameters[0], scratch);
                }
              });
 }

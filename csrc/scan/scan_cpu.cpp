@@ -6,10 +6,9 @@
 // threads.
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "core/cpu/memory.h"
 #include "core/cpu/work_list.h"
 #include "scan/scan.h"
 #include "scan/scan_kernels_cpu.h"
@@ -31,23 +30,6 @@ ScanKernels kernels_for(const ScanProblem& p) {
 #endif
   return baseline::scan_kernels(p);
 }
-
-// Equal aligned pieces of memory, not cleared.
-class Pieces {
- public:
-  Pieces(int64_t count, size_t bytes) : bytes_((bytes + kPage - 1) / kPage * kPage) {
-    memory_.reset(static_cast<char*>(::operator new (bytes_* count, std::align_val_t{kPage})));
-  }
-  char* operator[](int64_t i) const { return memory_.get() + i * bytes_; }
-
- private:
-  static constexpr size_t kPage = 4096;
-  struct Free {
-    void operator()(char* p) const { ::operator delete (p, std::align_val_t{kPage}); }
-  };
-  size_t bytes_;
-  std::unique_ptr<char, Free> memory_;
-};
 
 size_t parameter_size(const ScanProblem& p) { return p.dtype == Dtype::f64 ? 8 : 4; }
 int64_t blocks_of(const ScanProblem& p) { return int64_t(blocks_per_group(p)) * p.groups; }
@@ -98,7 +80,7 @@ void scan_sequences(const ScanProblem& p, void* out, const Executor& executor, c
   for (const Run& run : runs_of(p)) work.add(run, run_cost(p, run));
   const ScanKernels kernels = kernels_for(p);
   const int workers = work.workers(executor, blocks_of(p));
-  const Pieces parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.forward_scratch(p));
+  const AlignedMemory parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.forward_scratch(p));
   kernels.prepare(p, parameters[0]);
   using Piece = WorkList<Run>::Piece;
   work.run(executor, workers, blocks_of(p), [&](const Piece& piece, const Piece&, int64_t worker) {
@@ -191,13 +173,13 @@ void scan_backward(const ScanBackward& b, const Executor& executor) {
   const Slices cut(p);
   const int64_t slices = int64_t(cut.per_group) * p.groups, all_blocks = blocks_of(p);
   const size_t matrix = size_t(end) * state_width(p) * parameter_size(p), dB = p.B.constants ? 0 : matrix;
-  const Pieces parts(slices, dB + (p.C.constants ? 0 : matrix));
+  const AlignedMemory parts(slices, dB + (p.C.constants ? 0 : matrix));
   std::vector<ScanSlice> matrices;
   for (int64_t i = 0; i < slices; ++i) matrices.push_back({parts[i], parts[i] + dB, false});
 
   const ScanKernels kernels = kernels_for(p);
   const int workers = work.workers(executor, slices);
-  const Pieces parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.backward_scratch(p, longest));
+  const AlignedMemory parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.backward_scratch(p, longest));
   kernels.prepare(p, parameters[0]);
   const int64_t sum_size = ScanSums::count(p) * kScanBlock;
   std::vector<double> sums(runs.size() * all_blocks * sum_size);
