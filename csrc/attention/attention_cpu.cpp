@@ -15,20 +15,6 @@ namespace packseq {
 
 namespace {
 
-AttentionKernels kernels_for(Dtype dtype) {
-#if PACKSEQ_X86_KERNELS
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return avx512::attention_kernels(dtype);
-    case Isa::avx2:
-      return avx2::attention_kernels(dtype);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::attention_kernels(dtype);
-}
-
 Span queries_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_q, p.sequences, p.total_q, i); }
 Span keys_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_k, p.sequences, p.total_k, i); }
 
@@ -76,7 +62,7 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
       work.add({i, int32_t(q0), q1}, tile_cost(p, mask, int32_t(q0), q1));
     }
   }
-  const AttentionKernels kernels = kernels_for(p.dtype);
+  const AttentionKernels kernels = PACKSEQ_BY_ISA(attention_kernels(p.dtype));
   const int workers = work.workers(executor, p.kv_heads);
   const AlignedMemory scratch(workers, kernels.forward_scratch(p));
   using Piece = WorkList<Place>::Piece;
@@ -111,7 +97,7 @@ void attention_backward(const AttentionBackward& b, const Executor& executor) {
     work.add(i, cost);
   }
   std::vector<double> dsinks(p.sinks ? p.sequences * p.heads : 0);
-  const AttentionKernels kernels = kernels_for(p.dtype);
+  const AttentionKernels kernels = PACKSEQ_BY_ISA(attention_kernels(p.dtype));
   const int workers = work.workers(executor, p.kv_heads);
   const AlignedMemory scratch(workers, kernels.backward_scratch(p, longest_k));
   using Piece = WorkList<int64_t>::Piece;

@@ -16,20 +16,6 @@ namespace packseq {
 
 namespace {
 
-LongConvKernels kernels_for(Dtype dtype) {
-#if PACKSEQ_X86_KERNELS
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return avx512::long_conv_kernels(dtype);
-    case Isa::avx2:
-      return avx2::long_conv_kernels(dtype);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::long_conv_kernels(dtype);
-}
-
 int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // Zeroes the rows of a contiguous [total, channels] tensor that no sequence owns.
@@ -147,7 +133,7 @@ void long_conv_forward(const LongConvForward& f, const Executor& executor) {
   const LongConvProblem& p = f.problem;
   clear_slack(p, f.out);
   if (p.channels == 0) return;
-  const LongConvKernels kernels = kernels_for(p.dtype);
+  const LongConvKernels kernels = PACKSEQ_BY_ISA(long_conv_kernels(p.dtype));
   const LongConvPlan plan(p);
   const auto runs = plan.runs(std::max<int64_t>(1, divide_up(4 * executor.threads(), plan.tiles())));
   for_pieces(
@@ -162,7 +148,7 @@ void long_conv_backward(const LongConvBackward& b, const Executor& executor) {
   const LongConvProblem& p = b.problem;
   for (void* gradient : {b.du, b.dpre_gate, b.dgate}) clear_slack(p, gradient);
   if (p.channels == 0) return;
-  const LongConvKernels kernels = kernels_for(p.dtype);
+  const LongConvKernels kernels = PACKSEQ_BY_ISA(long_conv_kernels(p.dtype));
   const LongConvPlan plan(p);
   const auto runs = plan.runs(divide_up(kPieces, plan.tiles()));
   SharedGradients shared(b, plan, runs);

@@ -6,24 +6,6 @@
 
 namespace packseq {
 
-namespace {
-
-StepKernels kernels_for(Dtype dtype) {
-#if PACKSEQ_X86_KERNELS
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return avx512::step_kernels(dtype);
-    case Isa::avx2:
-      return avx2::step_kernels(dtype);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::step_kernels(dtype);
-}
-
-}  // namespace
-
 void s4_step(const S4Step& s, const Executor& executor) {
   const size_t row = size_t(s.filters * s.channels) * size_of(s.dtype);
   const size_t states = size_t(2 * s.channels * s.poles) * (s.dtype == Dtype::f64 ? 8 : 4);
@@ -36,7 +18,7 @@ void s4_step(const S4Step& s, const Executor& executor) {
     if (rows.size() * row > 0) std::memset(static_cast<char*>(s.out) + rows.begin * row, 0, rows.size() * row);
   }
 
-  const StepKernels kernels = kernels_for(s.dtype);
+  const StepKernels kernels = PACKSEQ_BY_ISA(step_kernels(s.dtype));
   const size_t bytes = kernels.parameter_bytes(s);
   const AlignedMemory parameters(1, bytes * size_t(s.channels));
   const double cost = double(s.poles) * double(8 + 4 * s.rank + 2 * s.filters);  // of a channel's token

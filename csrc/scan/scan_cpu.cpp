@@ -17,20 +17,6 @@ namespace packseq {
 
 namespace {
 
-ScanKernels kernels_for(const ScanProblem& p) {
-#if PACKSEQ_X86_KERNELS
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return avx512::scan_kernels(p);
-    case Isa::avx2:
-      return avx2::scan_kernels(p);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::scan_kernels(p);
-}
-
 size_t parameter_size(const ScanProblem& p) { return p.dtype == Dtype::f64 ? 8 : 4; }
 int64_t blocks_of(const ScanProblem& p) { return int64_t(blocks_per_group(p)) * p.groups; }
 Span rows_of(const ScanProblem& p, int64_t i) { return span_of(p.cu_seqlens, p.sequences, p.total, i); }
@@ -78,7 +64,7 @@ template <class SequenceAt>
 void scan_sequences(const ScanProblem& p, void* out, const Executor& executor, const SequenceAt& sequence_at) {
   WorkList<Run> work;
   for (const Run& run : runs_of(p)) work.add(run, run_cost(p, run));
-  const ScanKernels kernels = kernels_for(p);
+  const ScanKernels kernels = PACKSEQ_BY_ISA(scan_kernels(p));
   const int workers = work.workers(executor, blocks_of(p));
   const AlignedMemory parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.forward_scratch(p));
   kernels.prepare(p, parameters[0]);
@@ -177,7 +163,7 @@ void scan_backward(const ScanBackward& b, const Executor& executor) {
   std::vector<ScanSlice> matrices;
   for (int64_t i = 0; i < slices; ++i) matrices.push_back({parts[i], parts[i] + dB, false});
 
-  const ScanKernels kernels = kernels_for(p);
+  const ScanKernels kernels = PACKSEQ_BY_ISA(scan_kernels(p));
   const int workers = work.workers(executor, slices);
   const AlignedMemory parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.backward_scratch(p, longest));
   kernels.prepare(p, parameters[0]);
