@@ -2,7 +2,6 @@
 //
 // Work is cut by the sequence's own length, and every piece owns the rows that it writes. So the result depends
 // neither on the number of threads nor on what else is in the batch.
-#include <cstring>
 #include <vector>
 
 #include "attention/attention.h"
@@ -17,13 +16,6 @@ namespace {
 
 Span queries_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_q, p.sequences, p.total_q, i); }
 Span keys_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_k, p.sequences, p.total_k, i); }
-
-// Zeroes the rows of a contiguous [rows, width] tensor that no sequence owns.
-void clear_slack(void* x, Span slack, int64_t width, size_t element) {
-  if (slack.size() > 0) {
-    std::memset(static_cast<char*>(x) + slack.begin * width * element, 0, slack.size() * width * element);
-  }
-}
 
 // How many keys the queries q0 .. q1 may see, to the nearest block.
 double visible_keys(const Mask& mask, int32_t q0, int32_t q1) {
@@ -48,8 +40,8 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
   const AttentionProblem& p = f.problem;
   const Span slack = queries_of(p, p.sequences);
   const size_t stat = p.dtype == Dtype::f64 ? 8 : 4;
-  clear_slack(f.out, slack, int64_t(p.heads) * p.dim_v, size_of(p.dtype));
-  clear_slack(f.lse, slack, p.heads, stat);
+  zero_rows(f.out, slack, size_t(p.heads) * p.dim_v * size_of(p.dtype));
+  zero_rows(f.lse, slack, p.heads * stat);
 
   WorkList<Place> work;
   const int64_t rows = forward_tile_rows(p);
@@ -79,9 +71,9 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
 void attention_backward(const AttentionBackward& b, const Executor& executor) {
   const AttentionProblem& p = b.problem;
   const Span slack_q = queries_of(p, p.sequences), slack_k = keys_of(p, p.sequences);
-  clear_slack(b.dq, slack_q, int64_t(p.heads) * p.dim, size_of(p.dtype));
-  clear_slack(b.dk, slack_k, int64_t(p.kv_heads) * p.dim, size_of(p.dtype));
-  clear_slack(b.dv, slack_k, int64_t(p.kv_heads) * p.dim_v, size_of(p.dtype));
+  zero_rows(b.dq, slack_q, size_t(p.heads) * p.dim * size_of(p.dtype));
+  zero_rows(b.dk, slack_k, size_t(p.kv_heads) * p.dim * size_of(p.dtype));
+  zero_rows(b.dv, slack_k, size_t(p.kv_heads) * p.dim_v * size_of(p.dtype));
 
   WorkList<int64_t> work;
   int64_t longest_k = 0;

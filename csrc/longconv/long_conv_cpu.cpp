@@ -4,9 +4,9 @@
 // depend on how pieces are cut. The gradients of the filters and of D are added up piece by piece, then over the pieces
 // in their order; how many these are depends on the sequences and the channels, not on the number of threads.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "core/cpu/memory.h"
 #include "core/cpu/work_list.h"
 #include "longconv/long_conv_kernels_cpu.h"
 #include "longconv/long_conv_plan_cpu.h"
@@ -18,11 +18,9 @@ namespace {
 
 int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
-// Zeroes the rows of a contiguous [total, channels] tensor that no sequence owns.
-void clear_slack(const LongConvProblem& p, void* x) {
-  const Span slack = span_of(p.cu_seqlens, p.sequences, p.total, p.sequences);
-  const size_t row = size_t(p.channels) * size_of(p.dtype);
-  if (x && slack.size() * row > 0) std::memset(static_cast<char*>(x) + slack.begin * row, 0, slack.size() * row);
+// Of a [total, channels] tensor.
+void zero_slack(const LongConvProblem& p, void* x) {
+  zero_rows(x, span_of(p.cu_seqlens, p.sequences, p.total, p.sequences), size_t(p.channels) * size_of(p.dtype));
 }
 
 // f(run, tile, scratch) for all runs and tiles. scratch_for(points) says how many bytes a run needs.
@@ -131,7 +129,7 @@ class SharedGradients {
 
 void long_conv_forward(const LongConvForward& f, const Executor& executor) {
   const LongConvProblem& p = f.problem;
-  clear_slack(p, f.out);
+  zero_slack(p, f.out);
   if (p.channels == 0) return;
   const LongConvKernels kernels = PACKSEQ_BY_ISA(long_conv_kernels(p.dtype));
   const LongConvPlan plan(p);
@@ -146,7 +144,7 @@ void long_conv_forward(const LongConvForward& f, const Executor& executor) {
 void long_conv_backward(const LongConvBackward& b, const Executor& executor) {
   constexpr int64_t kPieces = 32;  // enough to share out, few enough that filters are not transformed again and again
   const LongConvProblem& p = b.problem;
-  for (void* gradient : {b.du, b.dpre_gate, b.dgate}) clear_slack(p, gradient);
+  for (void* gradient : {b.du, b.dpre_gate, b.dgate}) zero_slack(p, gradient);
   if (p.channels == 0) return;
   const LongConvKernels kernels = PACKSEQ_BY_ISA(long_conv_kernels(p.dtype));
   const LongConvPlan plan(p);

@@ -1,6 +1,5 @@
 // The S4 step on the CPU: every sequence and block of channels is a piece of work of its own.
-#include <cstring>
-
+#include "core/cpu/memory.h"
 #include "longconv/filter_parts_cpu.h"
 #include "longconv/s4_step.h"
 
@@ -13,9 +12,7 @@ void s4_step(const S4Step& s, const Executor& executor) {
   const auto slot_of = [&](int64_t i) { return s.indices ? int64_t(s.indices[i]) : i; };
   const auto known = [&](int64_t i) { return slot_of(i) >= 0 && slot_of(i) < s.slots; };
   for (int64_t i = 0; i <= s.sequences; ++i) {
-    if (i < s.sequences && known(i)) continue;
-    const Span rows = rows_of(i);
-    if (rows.size() * row > 0) std::memset(static_cast<char*>(s.out) + rows.begin * row, 0, rows.size() * row);
+    if (i == s.sequences || !known(i)) zero_rows(s.out, rows_of(i), row);
   }
 
   const StepKernels kernels = PACKSEQ_BY_ISA(step_kernels(s.dtype));

@@ -5,7 +5,6 @@
 // sequences, then over the runs. Slices depend on the channels alone and runs on the lengths, never on the number of
 // threads.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "core/cpu/memory.h"
@@ -20,11 +19,6 @@ namespace {
 size_t parameter_size(const ScanProblem& p) { return p.dtype == Dtype::f64 ? 8 : 4; }
 int64_t blocks_of(const ScanProblem& p) { return int64_t(blocks_per_group(p)) * p.groups; }
 Span rows_of(const ScanProblem& p, int64_t i) { return span_of(p.cu_seqlens, p.sequences, p.total, i); }
-
-// Zeroes rows of a contiguous tensor.
-void clear(void* x, Span rows, size_t row_bytes) {
-  if (x && rows.size() > 0) std::memset(static_cast<char*>(x) + rows.begin * row_bytes, 0, rows.size() * row_bytes);
-}
 
 // The states of sequence or slot i in a [.., channels, states] tensor that may be nullptr.
 template <class Void>
@@ -82,7 +76,7 @@ void scan_sequences(const ScanProblem& p, void* out, const Executor& executor, c
 
 void scan_forward(const ScanForward& f, const Executor& executor) {
   const ScanProblem& p = f.problem;
-  clear(f.out, rows_of(p, p.sequences), p.channels * size_of(p.dtype));
+  zero_rows(f.out, rows_of(p, p.sequences), p.channels * size_of(p.dtype));
   scan_sequences(p, f.out, executor, [&](int64_t i) {
     return ScanSequence{rows_of(p, i), states_at(p.initial_states, p, i), states_at(f.final_states, p, i)};
   });
@@ -93,7 +87,7 @@ void scan_step(const ScanStep& s, const Executor& executor) {
   const auto slot = [&](int64_t i) { return s.indices ? int64_t(s.indices[i]) : i; };
   const auto known = [&](int64_t i) { return slot(i) >= 0 && slot(i) < s.slots; };
   for (int64_t i = 0; i <= p.sequences; ++i) {
-    if (i == p.sequences || !known(i)) clear(s.out, rows_of(p, i), p.channels * size_of(p.dtype));
+    if (i == p.sequences || !known(i)) zero_rows(s.out, rows_of(p, i), p.channels * size_of(p.dtype));
   }
   scan_sequences(p, s.out, executor, [&](int64_t i) {
     if (!known(i)) return ScanSequence{};
@@ -142,10 +136,10 @@ void add_runs(const ScanProblem& p, void* gradient, int64_t width, const std::ve
 void scan_backward(const ScanBackward& b, const Executor& executor) {
   const ScanProblem& p = b.problem;
   const Span slack = rows_of(p, p.sequences);
-  for (void* x : {b.du, b.ddelta, p.z.data ? b.dz : nullptr}) clear(x, slack, p.channels * size_of(p.dtype));
+  for (void* x : {b.du, b.ddelta, p.z.data ? b.dz : nullptr}) zero_rows(x, slack, p.channels * size_of(p.dtype));
   const size_t matrix_row = p.groups * state_width(p) * (p.complex ? parameter_size(p) : size_of(p.dtype));
-  if (!p.B.constants) clear(b.dB, slack, matrix_row);
-  if (!p.C.constants) clear(b.dC, slack, matrix_row);
+  if (!p.B.constants) zero_rows(b.dB, slack, matrix_row);
+  if (!p.C.constants) zero_rows(b.dC, slack, matrix_row);
 
   WorkList<Run> work;
   const std::vector<Run> runs = runs_of(p);

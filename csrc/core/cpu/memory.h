@@ -2,8 +2,11 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <new>
+
+#include "core/packed.h"
 
 namespace packseq {
 
@@ -26,5 +29,10 @@ class AlignedMemory {
   size_t bytes_;
   std::unique_ptr<char, Free> memory_;
 };
+
+// Rows of a contiguous tensor, which may be nullptr, become zeros: those that no sequence owns.
+inline void zero_rows(void* x, const Span& rows, size_t row_bytes) {
+  if (x && rows.size() > 0) std::memset(static_cast<char*>(x) + rows.begin * row_bytes, 0, rows.size() * row_bytes);
+}
 
 }  // namespace packseq
