@@ -3,12 +3,11 @@
 #include <algorithm>
 
 #include "core/cpu/memory.h"
+#include "core/divide_up.h"
 #include "core/executor.h"
 #include "longconv/filters_kernels_cpu.h"
 
 namespace packseq {
-
-inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // f(begin, end, scratch) over ranges of items that are worth a thread each; cost: about the multiply-adds of an item.
 template <class F>

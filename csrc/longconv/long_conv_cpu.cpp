@@ -8,6 +8,7 @@
 
 #include "core/cpu/memory.h"
 #include "core/cpu/work_list.h"
+#include "core/divide_up.h"
 #include "longconv/long_conv_kernels_cpu.h"
 #include "longconv/long_conv_plan_cpu.h"
 #include "longconv/longconv.h"
@@ -15,8 +16,6 @@
 namespace packseq {
 
 namespace {
-
-int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // Of a [total, channels] tensor.
 void zero_slack(const LongConvProblem& p, void* x) {

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/cpu/memory.h"
+#include "core/divide_up.h"
 #include "longconv/long_conv_kernels_cpu.h"
 
 namespace packseq {
@@ -129,7 +130,7 @@ class LongConvPlan {
 
   const std::vector<LongConvSequence>& sequences() const { return sequences_; }
   int64_t tile() const { return long_conv_tile(problem_.dtype); }
-  int64_t tiles() const { return (problem_.channels + tile() - 1) / tile(); }
+  int64_t tiles() const { return divide_up(problem_.channels, tile()); }
 
   // Sequences first .. last in the order of their lengths.
   struct Run {

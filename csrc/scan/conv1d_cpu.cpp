@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/cpu/memory.h"
+#include "core/divide_up.h"
 #include "scan/conv1d.h"
 #include "scan/conv1d_kernels_cpu.h"
 
@@ -18,8 +19,6 @@ namespace {
 constexpr int64_t kTileSequences = 16;        // where work goes by sequences
 constexpr int64_t kSlots = 32;                // of the sums over rows
 constexpr int64_t kThreadElements = 1 << 15;  // fewer are not worth a thread
-
-int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // Of a [total, channels] tensor.
 void zero_slack(const Conv1dProblem& p, void* x) {

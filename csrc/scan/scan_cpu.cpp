@@ -9,6 +9,7 @@
 
 #include "core/cpu/memory.h"
 #include "core/cpu/work_list.h"
+#include "core/divide_up.h"
 #include "scan/scan.h"
 #include "scan/scan_kernels_cpu.h"
 
@@ -105,8 +106,8 @@ struct Slices {
   explicit Slices(const ScanProblem& p) {
     constexpr int64_t most = 16;
     const int64_t all = blocks_per_group(p), width = std::max<int64_t>(64, 2 * state_width(p));
-    blocks = int(std::max((all + most - 1) / most, width / kScanBlock));
-    per_group = int((all + blocks - 1) / blocks);
+    blocks = int(std::max(divide_up(all, most), width / kScanBlock));
+    per_group = int(divide_up(all, blocks));
   }
 };
 
