@@ -100,7 +100,7 @@ class SharedGradients {
     // to[channel][j]: row_of(part, j) says which of the part's rows that is, or -1 for none.
     const auto add_up = [&](void* to, int64_t all, const auto& row_of) {
       for (int64_t j = 0; j < all; ++j) {
-        double sum[16] = {};
+        double sum[long_conv_tile(Dtype::f32)] = {};  // the wider tile
         for (size_t i = 0; i < count; ++i) {
           const int64_t row = row_of(parts[i], j);
           for (int64_t c = 0; row >= 0 && c < width; ++c) sum[c] += parts[i].rows[row * width + c];
