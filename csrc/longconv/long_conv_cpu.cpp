@@ -131,7 +131,7 @@ void long_conv_forward(const LongConvForward& f, const Executor& executor) {
   zero_slack(p, f.out);
   if (p.channels == 0) return;
   const LongConvKernels kernels = PACKSEQ_BY_ISA(long_conv_kernels(p.dtype));
-  const LongConvPlan plan(p);
+  const LongConvPlan plan(p, executor);
   const auto runs = plan.runs(std::max<int64_t>(1, divide_up(4 * executor.threads(), plan.tiles())));
   for_pieces(
       plan, runs, executor, [&](int64_t points) { return kernels.forward_scratch(p, points); },
@@ -146,7 +146,7 @@ void long_conv_backward(const LongConvBackward& b, const Executor& executor) {
   for (void* gradient : {b.du, b.dpre_gate, b.dgate}) zero_slack(p, gradient);
   if (p.channels == 0) return;
   const LongConvKernels kernels = PACKSEQ_BY_ISA(long_conv_kernels(p.dtype));
-  const LongConvPlan plan(p);
+  const LongConvPlan plan(p, executor);
   const auto runs = plan.runs(divide_up(kPieces, plan.tiles()));
   SharedGradients shared(b, plan, runs);
   const size_t own = (shared.scratch() + 63) / 64 * 64;
