@@ -2,9 +2,9 @@
 #include <cmath>
 #include <limits>
 
-#include "conv1d_expect.h"
 #include "executors.h"
 #include "longconv/longconv.h"
+#include "matrix.h"
 
 namespace packseq::testing {
 namespace {
@@ -46,7 +46,7 @@ struct LongConv {
 
   explicit LongConv(const LongConvCase& c_)
       : c(c_),
-        cu(Conv::boundaries(c.lengths)),
+        cu(boundaries(c.lengths)),
         taps(std::min<int64_t>(c.taps, longest() + 3)),
         after(std::min<int64_t>(c.after, longest() + 3)),
         u(c.dtype, cu.back() + c.slack, c.channels, c.gap, c.offset),
