@@ -2,60 +2,20 @@
 //
 // Work is cut by the sequence's own length, and every piece owns the rows that it writes. So the result depends
 // neither on the number of threads nor on what else is in the batch.
-#include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "attention/attention.h"
 #include "attention/kernels_cpu.h"
 #include "attention/mask.h"
+#include "core/cpu/memory.h"
 #include "core/cpu/work_list.h"
 
 namespace packseq {
 
 namespace {
 
-AttentionKernels kernels_for(Dtype dtype) {
-#if PACKSEQ_X86_KERNELS
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return avx512::attention_kernels(dtype);
-    case Isa::avx2:
-      return avx2::attention_kernels(dtype);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::attention_kernels(dtype);
-}
-
-// One aligned piece of memory for each worker.
-class WorkerScratch {
- public:
-  WorkerScratch(int workers, size_t bytes) : bytes_((bytes + 4095) / 4096 * 4096) {
-    memory_.reset(static_cast<char*>(::operator new(bytes_* workers, kAlign)));
-  }
-  void* of(int64_t worker) const { return memory_.get() + worker * bytes_; }
-
- private:
-  static constexpr std::align_val_t kAlign{4096};
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, kAlign); }
-  };
-  size_t bytes_;
-  std::unique_ptr<char, Free> memory_;
-};
-
 Span queries_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_q, p.sequences, p.total_q, i); }
 Span keys_of(const AttentionProblem& p, int64_t i) { return span_of(p.cu_seqlens_k, p.sequences, p.total_k, i); }
-
-// Zeroes the rows of a contiguous [rows, width] tensor that no sequence owns.
-void clear_slack(void* x, Span slack, int64_t width, size_t element) {
-  if (slack.size() > 0) {
-    std::memset(static_cast<char*>(x) + slack.begin * width * element, 0, slack.size() * width * element);
-  }
-}
 
 // How many keys the queries q0 .. q1 may see, to the nearest block.
 double visible_keys(const Mask& mask, int32_t q0, int32_t q1) {
@@ -80,8 +40,8 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
   const AttentionProblem& p = f.problem;
   const Span slack = queries_of(p, p.sequences);
   const size_t stat = p.dtype == Dtype::f64 ? 8 : 4;
-  clear_slack(f.out, slack, int64_t(p.heads) * p.dim_v, size_of(p.dtype));
-  clear_slack(f.lse, slack, p.heads, stat);
+  zero_rows(f.out, slack, size_t(p.heads) * p.dim_v * size_of(p.dtype));
+  zero_rows(f.lse, slack, p.heads * stat);
 
   WorkList<Place> work;
   const int64_t rows = forward_tile_rows(p);
@@ -94,9 +54,9 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
       work.add({i, int32_t(q0), q1}, tile_cost(p, mask, int32_t(q0), q1));
     }
   }
-  const AttentionKernels kernels = kernels_for(p.dtype);
+  const AttentionKernels kernels = PACKSEQ_BY_ISA(attention_kernels(p.dtype));
   const int workers = work.workers(executor, p.kv_heads);
-  const WorkerScratch scratch(workers, kernels.forward_scratch(p));
+  const AlignedMemory scratch(workers, kernels.forward_scratch(p));
   using Piece = WorkList<Place>::Piece;
   const auto tile = [&](const Piece& x) {
     return QueryTile{queries_of(p, x.item->sequence), keys_of(p, x.item->sequence), x.item->q0, x.item->q1,
@@ -104,16 +64,16 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
   };
   work.run(executor, workers, p.kv_heads, [&](const Piece& piece, const Piece& next, int64_t worker) {
     const QueryTile after = next.item ? tile(next) : QueryTile{};
-    kernels.forward(f, tile(piece), next.item ? &after : nullptr, scratch.of(worker));
+    kernels.forward(f, tile(piece), next.item ? &after : nullptr, scratch[worker]);
   });
 }
 
 void attention_backward(const AttentionBackward& b, const Executor& executor) {
   const AttentionProblem& p = b.problem;
   const Span slack_q = queries_of(p, p.sequences), slack_k = keys_of(p, p.sequences);
-  clear_slack(b.dq, slack_q, int64_t(p.heads) * p.dim, size_of(p.dtype));
-  clear_slack(b.dk, slack_k, int64_t(p.kv_heads) * p.dim, size_of(p.dtype));
-  clear_slack(b.dv, slack_k, int64_t(p.kv_heads) * p.dim_v, size_of(p.dtype));
+  zero_rows(b.dq, slack_q, size_t(p.heads) * p.dim * size_of(p.dtype));
+  zero_rows(b.dk, slack_k, size_t(p.kv_heads) * p.dim * size_of(p.dtype));
+  zero_rows(b.dv, slack_k, size_t(p.kv_heads) * p.dim_v * size_of(p.dtype));
 
   WorkList<int64_t> work;
   int64_t longest_k = 0;
@@ -129,9 +89,9 @@ void attention_backward(const AttentionBackward& b, const Executor& executor) {
     work.add(i, cost);
   }
   std::vector<double> dsinks(p.sinks ? p.sequences * p.heads : 0);
-  const AttentionKernels kernels = kernels_for(p.dtype);
+  const AttentionKernels kernels = PACKSEQ_BY_ISA(attention_kernels(p.dtype));
   const int workers = work.workers(executor, p.kv_heads);
-  const WorkerScratch scratch(workers, kernels.backward_scratch(p, longest_k));
+  const AlignedMemory scratch(workers, kernels.backward_scratch(p, longest_k));
   using Piece = WorkList<int64_t>::Piece;
   const auto sequence = [&](const Piece& x) {
     double* const parts = p.sinks ? dsinks.data() + *x.item * p.heads : nullptr;
@@ -139,7 +99,7 @@ void attention_backward(const AttentionBackward& b, const Executor& executor) {
   };
   work.run(executor, workers, p.kv_heads, [&](const Piece& piece, const Piece& next, int64_t worker) {
     const SequenceHead after = next.item ? sequence(next) : SequenceHead{};
-    kernels.backward(b, sequence(piece), next.item ? &after : nullptr, scratch.of(worker));
+    kernels.backward(b, sequence(piece), next.item ? &after : nullptr, scratch[worker]);
   });
   for (int h = 0; p.sinks && h < p.heads; ++h) {
     double sum = 0;

@@ -11,93 +11,84 @@
 //
 // The passes go depth first, and down and up again within a block that fits the nearest cache.
 #pragma once
+#include <type_traits>
+
+#include "core/cpu/complex.h"
 #include "core/cpu/scratch.h"
 #include "longconv/long_conv_kernels_cpu.h"
 
 namespace packseq::PACKSEQ_ISA {
 
+// A point is a vector of real parts and, behind it, one of imaginary parts.
 template <class Real>
-struct Complex {
-  Vec<Real> re, im;
-};
+using Point = Complex<Vec<Real>>;
 
 template <class Real>
-PACKSEQ_INLINE Complex<Real> load_complex(const Real* p) {
-  return {load(p), load(p + kLanes<Real>)};
+PACKSEQ_INLINE Point<Real> load_point(const Real* p) {
+  return load_complex(p, p + kLanes<Real>);
 }
 
 template <class Real>
-PACKSEQ_INLINE void store_complex(Real* p, const Complex<Real>& v) {
-  store(p, v.re);
-  store(p + kLanes<Real>, v.im);
+PACKSEQ_INLINE void store_point(Real* p, const Point<Real>& v) {
+  store_complex(p, p + kLanes<Real>, v);
 }
 
-template <class Real>
-PACKSEQ_INLINE Complex<Real> operator+(const Complex<Real>& a, const Complex<Real>& b) {
-  return {a.re + b.re, a.im + b.im};
-}
+template <class V>
+using ElementOf = std::remove_cvref_t<decltype(V{}[0])>;
 
-template <class Real>
-PACKSEQ_INLINE Complex<Real> operator-(const Complex<Real>& a, const Complex<Real>& b) {
-  return {a.re - b.re, a.im - b.im};
-}
-
-template <class Real>
-PACKSEQ_INLINE Complex<Real> operator*(const Complex<Real>& a, const Complex<Real>& b) {
-  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
-}
-
-template <class Real>
-PACKSEQ_INLINE Complex<Real> operator*(Real a, const Complex<Real>& b) {
+template <class V>
+PACKSEQ_INLINE Complex<V> operator*(ElementOf<V> a, const Complex<V>& b) {
   return {a * b.re, a * b.im};
 }
 
-template <class Real>
-PACKSEQ_INLINE Complex<Real> times_conjugate(const Complex<Real>& a, const Complex<Real>& b) {
+template <class V>
+PACKSEQ_INLINE Complex<V> times_conjugate(const Complex<V>& a, const Complex<V>& b) {
   return {a.re * b.re + a.im * b.im, a.im * b.re - a.re * b.im};
 }
 
 // a + i b, and a - i b on the way back.
-template <bool kBack, class Real>
-PACKSEQ_INLINE Complex<Real> plus_turned(const Complex<Real>& a, const Complex<Real>& b) {
+template <bool kBack, class V>
+PACKSEQ_INLINE Complex<V> plus_turned(const Complex<V>& a, const Complex<V>& b) {
   if constexpr (kBack) return {a.re + b.im, a.im - b.re};
   return {a.re - b.im, a.im + b.re};
 }
 
 // v[j] becomes the sum over m of v[m] exp(2 pi i j m / radix), or exp(-...) on the way back.
-template <bool kBack, class Real>
-PACKSEQ_INLINE void small_dft(Complex<Real> (&v)[2]) {
-  const Complex<Real> a = v[0];
+template <bool kBack, class V>
+PACKSEQ_INLINE void small_dft(Complex<V> (&v)[2]) {
+  const Complex<V> a = v[0];
   v[0] = a + v[1];
   v[1] = a - v[1];
 }
 
-template <bool kBack, class Real>
-PACKSEQ_INLINE void small_dft(Complex<Real> (&v)[3]) {
+template <bool kBack, class V>
+PACKSEQ_INLINE void small_dft(Complex<V> (&v)[3]) {
+  using Real = ElementOf<V>;
   constexpr Real sin_third = Real(0.86602540378443864676);
-  const Complex<Real> sum = v[1] + v[2], turned = sin_third * (v[1] - v[2]);
-  const Complex<Real> middle = v[0] - Real(0.5) * sum;
+  const Complex<V> sum = v[1] + v[2], turned = sin_third * (v[1] - v[2]);
+  const Complex<V> middle = v[0] - Real(0.5) * sum;
   v[0] = v[0] + sum;
   v[1] = plus_turned<kBack>(middle, turned);
   v[2] = plus_turned<!kBack>(middle, turned);
 }
 
-template <bool kBack, class Real>
-PACKSEQ_INLINE void small_dft(Complex<Real> (&v)[4]) {
-  const Complex<Real> even = v[0] + v[2], odd = v[1] + v[3], even_rest = v[0] - v[2], odd_rest = v[1] - v[3];
+template <bool kBack, class V>
+PACKSEQ_INLINE void small_dft(Complex<V> (&v)[4]) {
+  const Complex<V> even = v[0] + v[2], odd = v[1] + v[3], even_rest = v[0] - v[2], odd_rest = v[1] - v[3];
   v[0] = even + odd;
   v[1] = plus_turned<kBack>(even_rest, odd_rest);
   v[2] = even - odd;
   v[3] = plus_turned<!kBack>(even_rest, odd_rest);
 }
 
-template <bool kBack, class Real>
-PACKSEQ_INLINE void small_dft(Complex<Real> (&v)[5]) {
+template <bool kBack, class V>
+PACKSEQ_INLINE void small_dft(Complex<V> (&v)[5]) {
+  using Real = ElementOf<V>;
   constexpr Real cos1 = Real(0.30901699437494742410), cos2 = Real(-0.80901699437494742410);
   constexpr Real sin1 = Real(0.95105651629515357212), sin2 = Real(0.58778525229247312917);
-  const Complex<Real> sum1 = v[1] + v[4], rest1 = v[1] - v[4], sum2 = v[2] + v[3], rest2 = v[2] - v[3];
-  const Complex<Real> middle1 = v[0] + cos1 * sum1 + cos2 * sum2, turned1 = sin1 * rest1 + sin2 * rest2;
-  const Complex<Real> middle2 = v[0] + cos2 * sum1 + cos1 * sum2, turned2 = sin2 * rest1 - sin1 * rest2;
+  const Complex<V> sum1 = v[1] + v[4], rest1 = v[1] - v[4], sum2 = v[2] + v[3], rest2 = v[2] - v[3];
+  const Complex<V> middle1 = v[0] + cos1 * sum1 + cos2 * sum2, turned1 = sin1 * rest1 + sin2 * rest2;
+  const Complex<V> middle2 = v[0] + cos2 * sum1 + cos1 * sum2, turned2 = sin2 * rest1 - sin1 * rest2;
   v[0] = v[0] + sum1 + sum2;
   v[1] = plus_turned<kBack>(middle1, turned1);
   v[2] = plus_turned<kBack>(middle2, turned2);
@@ -128,34 +119,34 @@ PACKSEQ_INLINE void with_radix(int radix, const F& f) {
 // blocks, and back. Both ways together multiply by the radix.
 template <int kRadix, class Real>
 struct Butterfly {
-  Complex<Real> factor[kRadix];  // powers of the root; the first, 1, is left out
+  Point<Real> factor[kRadix];  // powers of the root; the first, 1, is left out
 
   PACKSEQ_INLINE explicit Butterfly(const Real* factors) {
     PACKSEQ_UNROLL
     for (int m = 1; m < kRadix; ++m) factor[m] = {splat(factors[2 * m - 2]), splat(factors[2 * m - 1])};
   }
 
-  PACKSEQ_INLINE void down(Complex<Real> (&v)[kRadix]) const {
+  PACKSEQ_INLINE void down(Point<Real> (&v)[kRadix]) const {
     PACKSEQ_UNROLL
     for (int m = 1; m < kRadix; ++m) v[m] = v[m] * factor[m];
     small_dft<false>(v);
   }
 
-  PACKSEQ_INLINE void down_real(Complex<Real> (&v)[kRadix]) const {  // only v.re holds something
+  PACKSEQ_INLINE void down_real(Point<Real> (&v)[kRadix]) const {  // only v.re holds something
     v[0].im = Vec<Real>{};
     PACKSEQ_UNROLL
     for (int m = 1; m < kRadix; ++m) v[m] = {v[m].re * factor[m].re, v[m].re * factor[m].im};
     small_dft<false>(v);
   }
 
-  PACKSEQ_INLINE void up(Complex<Real> (&v)[kRadix]) const {
+  PACKSEQ_INLINE void up(Point<Real> (&v)[kRadix]) const {
     small_dft<true>(v);
     PACKSEQ_UNROLL
     for (int m = 1; m < kRadix; ++m) v[m] = times_conjugate(v[m], factor[m]);
   }
 };
 
-// A point is a vector of real and a vector of imaginary parts; rows are vectors of real values.
+// Points, and rows, which are vectors of real values.
 template <class Real>
 class Transform {
  public:
@@ -193,7 +184,7 @@ class Transform {
     const int64_t part = plan_.points / kRadix;
     const Butterfly<kRadix, Real> butterfly(factors(0));
     for (int64_t i = 0; i < part; ++i) {
-      Complex<Real> v[kRadix];
+      Point<Real> v[kRadix];
       PACKSEQ_UNROLL
       for (int m = 0; m < kRadix; ++m) {
         v[m].re = load(rows + (m * part + i) * lanes);
@@ -205,7 +196,7 @@ class Transform {
         butterfly.down_real(v);
       }
       PACKSEQ_UNROLL
-      for (int m = 0; m < kRadix; ++m) store_complex(points + (m * part + i) * kPoint, v[m]);
+      for (int m = 0; m < kRadix; ++m) store_point(points + (m * part + i) * kPoint, v[m]);
     }
   }
 
@@ -214,9 +205,9 @@ class Transform {
     const int64_t part = plan_.points / kRadix;
     const Butterfly<kRadix, Real> butterfly(factors(0));
     for (int64_t i = 0; i < part; ++i) {
-      Complex<Real> v[kRadix];
+      Point<Real> v[kRadix];
       PACKSEQ_UNROLL
-      for (int m = 0; m < kRadix; ++m) v[m] = load_complex(points + (m * part + i) * kPoint);
+      for (int m = 0; m < kRadix; ++m) v[m] = load_point(points + (m * part + i) * kPoint);
       butterfly.up(v);
       PACKSEQ_UNROLL
       for (int m = 0; m < kRadix; ++m) {
@@ -268,16 +259,16 @@ class Transform {
     for (int64_t b = 0; b < blocks; ++b, factors += 2 * (kRadix - 1), points += kRadix * part * kPoint) {
       const Butterfly<kRadix, Real> butterfly(factors);
       for (int64_t i = 0; i < part; ++i) {
-        Complex<Real> v[kRadix];
+        Point<Real> v[kRadix];
         PACKSEQ_UNROLL
-        for (int m = 0; m < kRadix; ++m) v[m] = load_complex(points + (m * part + i) * kPoint);
+        for (int m = 0; m < kRadix; ++m) v[m] = load_point(points + (m * part + i) * kPoint);
         if constexpr (kBack) {
           butterfly.up(v);
         } else {
           butterfly.down(v);
         }
         PACKSEQ_UNROLL
-        for (int m = 0; m < kRadix; ++m) store_complex(points + (m * part + i) * kPoint, v[m]);
+        for (int m = 0; m < kRadix; ++m) store_point(points + (m * part + i) * kPoint, v[m]);
       }
     }
   }
@@ -290,15 +281,15 @@ class Transform {
     int64_t at = number * radix * kPoint;
     for (int64_t b = 0; b < blocks; ++b, factor += 2 * (radix - 1), at += radix * kPoint) {
       const Butterfly<radix, Real> butterfly(factor);
-      Complex<Real> v[radix];
+      Point<Real> v[radix];
       PACKSEQ_UNROLL
-      for (int m = 0; m < radix; ++m) v[m] = load_complex(points + at + m * kPoint);
+      for (int m = 0; m < radix; ++m) v[m] = load_point(points + at + m * kPoint);
       if constexpr (Leaf::kDown) butterfly.down(v);
       PACKSEQ_UNROLL
       for (int m = 0; m < radix; ++m) leaf(at + m * kPoint, v[m]);
       if constexpr (Leaf::kUp) butterfly.up(v);
       PACKSEQ_UNROLL
-      for (int m = 0; m < radix; ++m) store_complex(points + at + m * kPoint, v[m]);
+      for (int m = 0; m < radix; ++m) store_point(points + at + m * kPoint, v[m]);
     }
   }
 

@@ -1,30 +1,13 @@
 // How the filters' host code shares out its work: rows cut into segments, the same whatever the number of threads.
 #pragma once
 #include <algorithm>
-#include <memory>
-#include <new>
 
+#include "core/cpu/memory.h"
+#include "core/divide_up.h"
 #include "core/executor.h"
 #include "longconv/filters_kernels_cpu.h"
 
 namespace packseq {
-
-inline int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-// Memory as kernels want it, not cleared.
-class Scratchpad {
- public:
-  explicit Scratchpad(size_t bytes)
-      : memory_(static_cast<char*>(::operator new (std::max<size_t>(bytes, 1), std::align_val_t{kAlignment}))) {}
-  char* get() const { return memory_.get(); }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  struct Free {
-    void operator()(char* p) const { ::operator delete (p, std::align_val_t{kAlignment}); }
-  };
-  std::unique_ptr<char, Free> memory_;
-};
 
 // f(begin, end, scratch) over ranges of items that are worth a thread each; cost: about the multiply-adds of an item.
 template <class F>
@@ -32,8 +15,8 @@ void for_ranges(const Executor& executor, int64_t items, double cost, size_t scr
   constexpr double thread_cost = 1 << 19;
   const int64_t grain = 1 + int64_t(std::min(thread_cost / std::max(cost, 1.0), 1e9));
   executor.parallel_for(items, grain, [&](int64_t begin, int64_t end) {
-    const Scratchpad scratch(scratch_bytes);
-    f(begin, end, scratch.get());
+    const AlignedMemory scratch(1, scratch_bytes);
+    f(begin, end, scratch[0]);
   });
 }
 

@@ -14,20 +14,6 @@ namespace {
 
 using Number = std::complex<double>;
 
-FilterKernels kernels_for(Dtype real) {
-#if PACKSEQ_X86_KERNELS
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return avx512::filter_kernels(real);
-    case Isa::avx2:
-      return avx2::filter_kernels(real);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::filter_kernels(real);
-}
-
 // f(Real{}) for the type that a Dtype names.
 template <class F>
 void with_real(Dtype real, const F& f) {
@@ -66,7 +52,7 @@ double cost_of_node(const CauchyProblem& p) { return double(p.poles) * double(8 
 template <class Real>
 void finish(const CauchyBackward& b, const RowParts& cut, const std::vector<double>& sums, int64_t row) {
   const CauchyProblem& p = b.problem;
-  const int64_t parts = cut.per_row(), doubles = CauchySums::doubles(p);
+  const int64_t parts = cut.per_row(), doubles = CauchyPartSums::doubles(p);
   const double* const own = sums.data() + row * parts * doubles;
   for (int64_t n = 0; b.dw && n < p.poles; ++n) {
     put<Real>(b.dw, row * p.poles + n, total_of(own, parts, doubles, n));
@@ -82,7 +68,7 @@ void finish(const CauchyBackward& b, const RowParts& cut, const std::vector<doub
 
 void cauchy_forward(const CauchyForward& f, const Executor& executor) {
   const CauchyProblem& p = f.problem;
-  const FilterKernels kernels = kernels_for(p.real);
+  const FilterKernels kernels = PACKSEQ_BY_ISA(filter_kernels(p.real));
   const RowParts cut = {p.rows, p.nodes, kNodeSegment};
   cut.each(executor, cost_of_node(p), kernels.cauchy_scratch(p),
            [&](const FilterPart& part, int64_t, int64_t, void* scratch) { kernels.cauchy(f, part, scratch); });
@@ -91,9 +77,9 @@ void cauchy_forward(const CauchyForward& f, const Executor& executor) {
 void cauchy_backward(const CauchyBackward& b, const Executor& executor) {
   constexpr int64_t most_runs = 16;  // each of which has its own sums of dz
   const CauchyProblem& p = b.problem;
-  const FilterKernels kernels = kernels_for(p.real);
+  const FilterKernels kernels = PACKSEQ_BY_ISA(filter_kernels(p.real));
   const RowParts cut = {p.rows, p.nodes, kNodeSegment, b.dz ? std::max<int64_t>(1, divide_up(p.rows, most_runs)) : 1};
-  const int64_t doubles = CauchySums::doubles(p);
+  const int64_t doubles = CauchyPartSums::doubles(p);
   std::vector<double> sums(size_t(p.rows * cut.per_row() * doubles)), dz(b.dz ? size_t(2 * cut.runs() * p.nodes) : 0);
   cut.each(executor, 3 * cost_of_node(p), kernels.cauchy_scratch(p),
            [&](const FilterPart& part, int64_t number, int64_t run, void* scratch) {
@@ -122,7 +108,7 @@ double cost_of_step(const VandermondeProblem& p, bool second) {
 
 void run_series(const VandermondeSeries& series, const Executor& executor) {
   const VandermondeProblem& p = *series.problem;
-  const FilterKernels kernels = kernels_for(p.real);
+  const FilterKernels kernels = PACKSEQ_BY_ISA(filter_kernels(p.real));
   const RowParts cut = {p.rows, p.length, kStepSegment};
   cut.each(executor, cost_of_step(p, false), kernels.vandermonde_scratch(p),
            [&](const FilterPart& part, int64_t, int64_t, void* scratch) { kernels.series(series, part, scratch); });
@@ -133,7 +119,7 @@ class Moments {
  public:
   Moments(const VandermondeMoments& m, const Executor& executor)
       : m_(m), p_(*m.problem), cut_{p_.rows, p_.length, kStepSegment} {
-    const FilterKernels kernels = kernels_for(p_.real);
+    const FilterKernels kernels = PACKSEQ_BY_ISA(filter_kernels(p_.real));
     sums_.resize(size_t(p_.rows * cut_.per_row() * m.doubles()));
     cut_.each(executor, cost_of_step(p_, m.second), kernels.vandermonde_scratch(p_),
               [&](const FilterPart& part, int64_t number, int64_t, void* scratch) {
@@ -304,7 +290,7 @@ void finish(const S4SpectrumBackward& b, const double* sums, int64_t parts, int6
 
 void s4_spectrum(const S4Spectrum& f, const Executor& executor) {
   const S4Problem& p = f.problem;
-  const FilterKernels kernels = kernels_for(p.real);
+  const FilterKernels kernels = PACKSEQ_BY_ISA(filter_kernels(p.real));
   const std::vector<double> circle = circle_of(p, executor);
   const RowParts cut = {p.channels, nodes_of(p), kNodeSegment};
   cut.each(executor, cost_of_node(p), kernels.s4_scratch(p),
@@ -315,7 +301,7 @@ void s4_spectrum(const S4Spectrum& f, const Executor& executor) {
 
 void s4_spectrum_backward(const S4SpectrumBackward& b, const Executor& executor) {
   const S4Problem& p = b.problem;
-  const FilterKernels kernels = kernels_for(p.real);
+  const FilterKernels kernels = PACKSEQ_BY_ISA(filter_kernels(p.real));
   const std::vector<double> circle = circle_of(p, executor);
   const RowParts cut = {p.channels, nodes_of(p), kNodeSegment};
   const int64_t doubles = S4Sums::doubles(p), parts = cut.per_row();

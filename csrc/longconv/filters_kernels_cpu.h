@@ -5,7 +5,7 @@
 // is 64-byte aligned.
 #pragma once
 #include "core/cpu/isa.h"
-#include "core/packed.h"
+#include "core/divide_up.h"
 #include "longconv/filters.h"
 #include "longconv/s4_step.h"
 
@@ -20,7 +20,7 @@ constexpr int64_t kNodeSegment = 1 << 14;
 
 // ---- Cauchy: a part's sums are pairs, for each row [poles] of dw, then [groups, poles] of dv.
 
-struct CauchySums {
+struct CauchyPartSums {
   PACKSEQ_HOST_DEVICE static int64_t doubles(const CauchyProblem& p) { return 2 * (p.groups + 1) * int64_t(p.poles); }
 };
 
@@ -65,7 +65,7 @@ struct S4Sums {
   // A part's sums: pairs of the poles' gradients, then for every run of filters [poles, rows, columns] pairs, at last
   // one number for dt.
   PACKSEQ_HOST_DEVICE static int64_t doubles(const S4Problem& p) {
-    const int64_t runs = (p.filters + kFilterRun - 1) / kFilterRun;
+    const int64_t runs = divide_up(p.filters, kFilterRun);
     return 2 * p.poles * (1 + (1 + p.rank) * (p.filters + runs * p.rank)) + 1;
   }
 };

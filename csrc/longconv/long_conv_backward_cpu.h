@@ -13,9 +13,9 @@ struct ConvolveAndKeep {
   static constexpr bool kDown = true, kUp = true;
   const Real* filter;
   Real* kept;
-  PACKSEQ_INLINE void operator()(int64_t at, Complex<Real>& v) const {
-    store_complex(kept + at, v);
-    v = v * load_complex(filter + at);
+  PACKSEQ_INLINE void operator()(int64_t at, Point<Real>& v) const {
+    store_point(kept + at, v);
+    v = v * load_point(filter + at);
   }
 };
 
@@ -24,9 +24,9 @@ struct Correlate {
   static constexpr bool kDown = true, kUp = true;
   const Real *filter, *x;
   Real* dfilter;
-  PACKSEQ_INLINE void operator()(int64_t at, Complex<Real>& v) const {
-    store_complex(dfilter + at, load_complex(dfilter + at) + times_conjugate(v, load_complex(x + at)));
-    v = times_conjugate(v, load_complex(filter + at));
+  PACKSEQ_INLINE void operator()(int64_t at, Point<Real>& v) const {
+    store_point(dfilter + at, load_point(dfilter + at) + times_conjugate(v, load_point(x + at)));
+    v = times_conjugate(v, load_point(filter + at));
   }
 };
 
@@ -59,7 +59,7 @@ class LongConvBackwardPiece {
     int64_t spectra = 0, longest = 0;
     const auto finish = [&] {
       if (size && size->plan.points > 0) {
-        for_columns<T>(channels, [&](int64_t i, const Columns<T>&) { add_spectrum(*size, longest, i, sums); });
+        for_lanes<T>(channels, [&](int64_t i, const Lanes<T>&) { add_spectrum(*size, longest, i, sums); });
       }
       spectra = longest = 0;
     };
@@ -67,14 +67,14 @@ class LongConvBackwardPiece {
       if (sequence->size != size || spectra == kMostSpectra) finish();
       if (sequence->size != size) {
         size = sequence->size;
-        for_columns<T>(channels, [&](int64_t i, const Columns<T>& columns) {
+        for_lanes<T>(channels, [&](int64_t i, const Lanes<T>& columns) {
           Filter<T>::prepare(p_, *size, columns, filters_ + i * filter_numbers_, x_);
         });
       }
-      const Timeline time(p_, sequence->rows);
+      const Timeline time(sequence->rows, p_.reverse);
       load_rows<T>(time, channels, p_.u, p_.pre_gate, x_, row_numbers_);
       load_rows<T>(time, channels, b_.dout, p_.gate, dy_, row_numbers_);
-      for_columns<T>(channels, [&](int64_t i, const Columns<T>&) {
+      for_lanes<T>(channels, [&](int64_t i, const Lanes<T>&) {
         if (spectra == 0) clear_rows(dfilters_ + i * filter_numbers_, 0, 2 * size->plan.points);
         size->plan.points == 0 ? products(*size, time.length, i, sums) : transforms(*size, time.length, i);
         if (p_.D) add_dD(time.length, i, sums);
@@ -150,7 +150,7 @@ class LongConvBackwardPiece {
     const Real *const x = x_, *const y = y_, *const dy = dy_, *const dx = dx_;
     const int64_t width = p_.channels, next = row_numbers_;
     for_rows<T>(
-        time, channels, [=](int64_t t, int64_t i, const Columns<T>& columns) __attribute__((always_inline)) {
+        time, channels, [=](int64_t t, int64_t i, const Lanes<T>& columns) __attribute__((always_inline)) {
           const int64_t at = i * next + t * lanes, row = time.row(t);
           if (dgate) {
             Vec<Real> v = load(y + at);

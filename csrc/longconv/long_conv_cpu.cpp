@@ -4,10 +4,11 @@
 // depend on how pieces are cut. The gradients of the filters and of D are added up piece by piece, then over the pieces
 // in their order; how many these are depends on the sequences and the channels, not on the number of threads.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "core/cpu/memory.h"
 #include "core/cpu/work_list.h"
+#include "core/divide_up.h"
 #include "longconv/long_conv_kernels_cpu.h"
 #include "longconv/long_conv_plan_cpu.h"
 #include "longconv/longconv.h"
@@ -16,27 +17,9 @@ namespace packseq {
 
 namespace {
 
-LongConvKernels kernels_for(Dtype dtype) {
-#if PACKSEQ_X86_KERNELS
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return avx512::long_conv_kernels(dtype);
-    case Isa::avx2:
-      return avx2::long_conv_kernels(dtype);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::long_conv_kernels(dtype);
-}
-
-int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-// Zeroes the rows of a contiguous [total, channels] tensor that no sequence owns.
-void clear_slack(const LongConvProblem& p, void* x) {
-  const Span slack = span_of(p.cu_seqlens, p.sequences, p.total, p.sequences);
-  const size_t row = size_t(p.channels) * size_of(p.dtype);
-  if (x && slack.size() * row > 0) std::memset(static_cast<char*>(x) + slack.begin * row, 0, slack.size() * row);
+// Of a [total, channels] tensor.
+void zero_slack(const LongConvProblem& p, void* x) {
+  zero_rows(x, span_of(p.cu_seqlens, p.sequences, p.total, p.sequences), size_t(p.channels) * size_of(p.dtype));
 }
 
 // f(run, tile, scratch) for all runs and tiles. scratch_for(points) says how many bytes a run needs.
@@ -50,12 +33,10 @@ void for_pieces(const LongConvPlan& plan, const std::vector<LongConvPlan::Run>& 
     scratch = std::max(scratch, scratch_for(plan.points(run)));
   }
   const int workers = work.workers(executor, plan.tiles());
-  const size_t stride = (scratch + 4095) / 4096 * 4096;
-  const AlignedMemory memory(stride * size_t(workers));
+  const AlignedMemory memory(workers, scratch);
   using Piece = WorkList<LongConvPlan::Run>::Piece;
-  work.run(executor, workers, plan.tiles(), [&](const Piece& piece, const Piece&, int64_t worker) {
-    f(*piece.item, piece.copy, memory.data() + stride * size_t(worker));
-  });
+  work.run(executor, workers, plan.tiles(),
+           [&](const Piece& piece, const Piece&, int64_t worker) { f(*piece.item, piece.copy, memory[worker]); });
 }
 
 // The gradients that sequences share. Where a tile has one run alone, whoever computes it stores them; otherwise they
@@ -119,7 +100,7 @@ class SharedGradients {
     // to[channel][j]: row_of(part, j) says which of the part's rows that is, or -1 for none.
     const auto add_up = [&](void* to, int64_t all, const auto& row_of) {
       for (int64_t j = 0; j < all; ++j) {
-        double sum[16] = {};
+        double sum[long_conv_tile(Dtype::f32)] = {};  // the wider tile
         for (size_t i = 0; i < count; ++i) {
           const int64_t row = row_of(parts[i], j);
           for (int64_t c = 0; row >= 0 && c < width; ++c) sum[c] += parts[i].rows[row * width + c];
@@ -147,10 +128,10 @@ class SharedGradients {
 
 void long_conv_forward(const LongConvForward& f, const Executor& executor) {
   const LongConvProblem& p = f.problem;
-  clear_slack(p, f.out);
+  zero_slack(p, f.out);
   if (p.channels == 0) return;
-  const LongConvKernels kernels = kernels_for(p.dtype);
-  const LongConvPlan plan(p);
+  const LongConvKernels kernels = PACKSEQ_BY_ISA(long_conv_kernels(p.dtype));
+  const LongConvPlan plan(p, executor);
   const auto runs = plan.runs(std::max<int64_t>(1, divide_up(4 * executor.threads(), plan.tiles())));
   for_pieces(
       plan, runs, executor, [&](int64_t points) { return kernels.forward_scratch(p, points); },
@@ -162,10 +143,10 @@ void long_conv_forward(const LongConvForward& f, const Executor& executor) {
 void long_conv_backward(const LongConvBackward& b, const Executor& executor) {
   constexpr int64_t kPieces = 32;  // enough to share out, few enough that filters are not transformed again and again
   const LongConvProblem& p = b.problem;
-  for (void* gradient : {b.du, b.dpre_gate, b.dgate}) clear_slack(p, gradient);
+  for (void* gradient : {b.du, b.dpre_gate, b.dgate}) zero_slack(p, gradient);
   if (p.channels == 0) return;
-  const LongConvKernels kernels = kernels_for(p.dtype);
-  const LongConvPlan plan(p);
+  const LongConvKernels kernels = PACKSEQ_BY_ISA(long_conv_kernels(p.dtype));
+  const LongConvPlan plan(p, executor);
   const auto runs = plan.runs(divide_up(kPieces, plan.tiles()));
   SharedGradients shared(b, plan, runs);
   const size_t own = (shared.scratch() + 63) / 64 * 64;

@@ -26,13 +26,13 @@ class LongConvForwardPiece {
     for (const LongConvSequence* sequence = piece.first; sequence < piece.last; ++sequence) {
       if (sequence->size != size) {
         size = sequence->size;
-        for_columns<T>(piece.channels, [&](int64_t i, const Columns<T>& columns) {
+        for_lanes<T>(piece.channels, [&](int64_t i, const Lanes<T>& columns) {
           Filter<T>::prepare(p_, *size, columns, filters_ + i * filter_numbers_, x_);
         });
       }
-      const Timeline time(p_, sequence->rows);
+      const Timeline time(sequence->rows, p_.reverse);
       load_rows<T>(time, piece.channels, p_.u, p_.pre_gate, x_, row_numbers_);
-      for_columns<T>(piece.channels, [&](int64_t i, const Columns<T>&) {
+      for_lanes<T>(piece.channels, [&](int64_t i, const Lanes<T>&) {
         convolve(*size, time.length, filters_ + i * filter_numbers_, x_ + i * row_numbers_, y_ + i * row_numbers_);
       });
       store_out(time, piece.channels);
@@ -56,7 +56,7 @@ class LongConvForwardPiece {
     const Real *const D = static_cast<const Real*>(p_.D), *const x = x_, *const y = y_;
     const int64_t width = p_.channels, next = row_numbers_;
     for_rows<T>(
-        time, channels, [=](int64_t t, int64_t i, const Columns<T>& columns) __attribute__((always_inline)) {
+        time, channels, [=](int64_t t, int64_t i, const Lanes<T>& columns) __attribute__((always_inline)) {
           const int64_t at = i * next + t * lanes;
           Vec<Real> v = load(y + at);
           if (D) v += columns.load(D) * load(x + at);

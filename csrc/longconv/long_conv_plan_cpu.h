@@ -7,30 +7,16 @@
 #include <cstring>
 #include <deque>
 #include <limits>
-#include <memory>
-#include <new>
 #include <numbers>
 #include <utility>
 #include <vector>
 
+#include "core/cpu/memory.h"
+#include "core/cpu/work_list.h"
+#include "core/divide_up.h"
 #include "longconv/long_conv_kernels_cpu.h"
 
 namespace packseq {
-
-// Aligned memory, not cleared.
-class AlignedMemory {
- public:
-  explicit AlignedMemory(size_t bytes)
-      : memory_(static_cast<char*>(::operator new (std::max<size_t>(bytes, 1), std::align_val_t{kPage}))) {}
-  char* data() const { return memory_.get(); }
-
- private:
-  static constexpr size_t kPage = 4096;
-  struct Free {
-    void operator()(char* p) const { ::operator delete (p, std::align_val_t{kPage}); }
-  };
-  std::unique_ptr<char, Free> memory_;
-};
 
 // exp(2 pi i n / count) for whole n, by two tables and one product. count is a multiple of 8.
 class RootsOfUnity {
@@ -102,12 +88,11 @@ inline FftPlan plan_of(int64_t points) {
   return plan;
 }
 
-// The factors of a plan, which then points at them. A block of roots exp(2 pi i t / (4 blocks)) has parts
-// exp(2 pi i (t + 4 blocks j) / (4 blocks radix)); the first block is that of i, t = 1.
+// Fills the factors of a plan, 2 `points` numbers, at which it then points. A block of roots exp(2 pi i t / (4 blocks))
+// has parts exp(2 pi i (t + 4 blocks j) / (4 blocks radix)); the first block is that of i, t = 1.
 template <class Real>
-AlignedMemory make_factors(FftPlan& plan) {
-  AlignedMemory memory(size_t(plan.points) * 2 * sizeof(Real));
-  Real* next = reinterpret_cast<Real*>(memory.data());
+void make_factors(FftPlan& plan, void* memory) {
+  Real* next = static_cast<Real*>(memory);
   const RootsOfUnity root(4 * plan.points);
   std::vector<int64_t> blocks = {1}, parts;
   for (int level = 0; level < plan.levels; ++level) {
@@ -125,13 +110,12 @@ AlignedMemory make_factors(FftPlan& plan) {
     }
     blocks.swap(parts);
   }
-  return memory;
 }
 
 // Everything that the kernels need to know about the sequences. Empty ones are left out.
 class LongConvPlan {
  public:
-  explicit LongConvPlan(const LongConvProblem& p) : problem_(p) {
+  LongConvPlan(const LongConvProblem& p, const Executor& executor) : problem_(p) {
     std::vector<std::pair<int64_t, int64_t>> order;  // length, number
     for (int64_t i = 0; i < p.sequences; ++i) {
       const int64_t length = span_of(p.cu_seqlens, p.sequences, p.total, i).size();
@@ -141,11 +125,12 @@ class LongConvPlan {
     for (const auto& [length, i] : order) {
       sequences_.push_back({span_of(p.cu_seqlens, p.sequences, p.total, i), size_for(length)});
     }
+    make_all_factors(executor);
   }
 
   const std::vector<LongConvSequence>& sequences() const { return sequences_; }
   int64_t tile() const { return long_conv_tile(problem_.dtype); }
-  int64_t tiles() const { return (problem_.channels + tile() - 1) / tile(); }
+  int64_t tiles() const { return divide_up(problem_.channels, tile()); }
 
   // Sequences first .. last in the order of their lengths.
   struct Run {
@@ -194,11 +179,28 @@ class LongConvPlan {
     const int64_t points = least > 0 ? size.plan.points : kDirectRows;
     size.taps = std::min(problem_.taps, points);
     size.taps_after = std::min(taps_after(), points);
-    if (least > 0) {
-      factors_.push_back(problem_.dtype == Dtype::f64 ? make_factors<double>(size.plan)
-                                                      : make_factors<float>(size.plan));
-    }
     return &size;
+  }
+
+  void make_all_factors(const Executor& executor) {
+    constexpr double point_cost = 2048;  // in the kernels' multiply-adds: about 50 ns, one by one
+    const bool f64 = problem_.dtype == Dtype::f64;
+    struct Place {
+      FftPlan* plan;
+      char* memory;
+    };
+    WorkList<Place> work;
+    for (LongConvSize& size : sizes_) {
+      const int64_t points = size.plan.points;
+      if (points == 0) continue;
+      factors_.emplace_back(1, size_t(2 * points) * (f64 ? sizeof(double) : sizeof(float)));
+      work.add({&size.plan, factors_.back()[0]}, point_cost * double(points));
+    }
+    using Piece = WorkList<Place>::Piece;
+    work.run(executor, work.workers(executor, 1), 1, [&](const Piece& piece, const Piece&, int64_t) {
+      const auto& [plan, memory] = *piece.item;
+      f64 ? make_factors<double>(*plan, memory) : make_factors<float>(*plan, memory);
+    });
   }
 
   double cost(const LongConvSequence& s) const {

@@ -1,79 +1,31 @@
 // What the long convolution's directions share: rows of tensors and filters as vectors of channels, sums taken one
 // after another, and convolutions by transforms.
 #pragma once
-#include "core/cpu/convert.h"
-#include "core/cpu/scratch.h"
+#include "core/cpu/lanes.h"
 #include "core/cpu/transpose.h"
 #include "longconv/fft_cpu.h"
 
 namespace packseq::PACKSEQ_ISA {
-
-// A sequence's rows in the order of its time.
-struct Timeline {
-  int64_t first, step, length;
-
-  PACKSEQ_INLINE Timeline(const LongConvProblem& p, const Span& rows)
-      : first(p.reverse ? rows.end - 1 : rows.begin), step(p.reverse ? -1 : 1), length(rows.size()) {}
-  PACKSEQ_INLINE int64_t row(int64_t t) const { return first + step * t; }
-};
-
-// `count` neighbouring channels from `first` on: a vector of them or fewer, the other lanes being zeros.
-template <class T>
-struct Columns {
-  using Real = typename RealOf<T>::type;
-  static constexpr int lanes = kLanes<Real>;
-  int64_t first, count;
-
-  template <class U>
-  PACKSEQ_INLINE Vec<Real> load(const U* row) const {
-    if (count == lanes) return load_real(row + first);
-    U some[lanes] = {};
-    __builtin_memcpy(some, row + first, count * sizeof(U));
-    return load_real(some);
-  }
-
-  PACKSEQ_INLINE Vec<Real> load(const Rows& x, int64_t row) const {
-    return load(static_cast<const T*>(x.data) + row * x.token);
-  }
-
-  // To a row of a contiguous [total, channels] tensor.
-  PACKSEQ_INLINE void store(void* x, int64_t row, int64_t channels, Vec<Real> v) const {
-    T* const to = static_cast<T*>(x) + row * channels + first;
-    if (count == lanes) return store_real(to, v);
-    T some[lanes];
-    store_real(some, v);
-    __builtin_memcpy(to, some, count * sizeof(T));
-  }
-};
 
 template <class Real>
 PACKSEQ_INLINE void clear_rows(Real* rows, int64_t begin, int64_t end) {
   if (begin < end) __builtin_memset(rows + begin * kLanes<Real>, 0, (end - begin) * kLanes<Real> * sizeof(Real));
 }
 
-// f(number, columns) for each vector of some channels.
-template <class T, class F>
-PACKSEQ_INLINE void for_columns(const Span& channels, const F& f) {
-  constexpr int64_t lanes = Columns<T>::lanes;
-  for (int64_t c = channels.begin, i = 0; c < channels.end; c += lanes, ++i) {
-    f(i, Columns<T>{c, least(lanes, channels.end - c)});
-  }
-}
-
 // f(t, number, columns) for each row and each vector of a tile of channels: whole rows, which are whole cache lines of
 // float32, as the next row lies in another place.
 template <class T, class F>
 PACKSEQ_INLINE void for_rows(const Timeline& time, const Span& channels, const F& f) {
-  constexpr int vectors = kTileBytes / kVectorBytes, lanes = Columns<T>::lanes;
+  constexpr int vectors = kTileBytes / kVectorBytes, lanes = Lanes<T>::lanes;
   if (channels.size() == vectors * lanes) {
     for (int64_t t = 0; t < time.length; ++t) {
       PACKSEQ_UNROLL
-      for (int i = 0; i < vectors; ++i) f(t, i, Columns<T>{channels.begin + i * lanes, lanes});
+      for (int i = 0; i < vectors; ++i) f(t, i, Lanes<T>{channels.begin + i * lanes, lanes});
     }
   } else {
     for (int64_t t = 0; t < time.length; ++t) {
-      for_columns<T>(
-          channels, [&](int64_t i, const Columns<T>& columns) __attribute__((always_inline)) { f(t, i, columns); });
+      for_lanes<T>(
+          channels, [&](int64_t i, const Lanes<T>& columns) __attribute__((always_inline)) { f(t, i, columns); });
     }
   }
 }
@@ -82,7 +34,7 @@ PACKSEQ_INLINE void for_rows(const Timeline& time, const Span& channels, const F
 template <class T, class Real>
 inline void load_rows(const Timeline time, const Span& channels, const Rows a, const Rows b, Real* rows, int64_t next) {
   for_rows<T>(
-      time, channels, [=](int64_t t, int64_t i, const Columns<T>& columns) __attribute__((always_inline)) {
+      time, channels, [=](int64_t t, int64_t i, const Lanes<T>& columns) __attribute__((always_inline)) {
         Vec<Real> v = columns.load(a, time.row(t));
         if (b.data) v *= columns.load(b, time.row(t));
         store(rows + i * next + t * kLanes<Real>, v);
@@ -91,7 +43,7 @@ inline void load_rows(const Timeline time, const Span& channels, const Rows a, c
 
 // rows[step * j] = sign * filter[channel][j] for the first `taps` of each channel's `all` taps.
 template <class T, class Real>
-inline void load_filter(const Columns<T>& columns, const void* filter, int64_t all, int64_t taps, Real sign, Real* rows,
+inline void load_filter(const Lanes<T>& columns, const void* filter, int64_t all, int64_t taps, Real sign, Real* rows,
                         int64_t step) {
   constexpr int lanes = kLanes<Real>;
   const Real* const from = static_cast<const Real*>(filter) + columns.first * all;
@@ -144,20 +96,20 @@ template <class Real>
 struct KeepSpectrum {
   static constexpr bool kDown = true, kUp = false;
   Real scale;
-  PACKSEQ_INLINE void operator()(int64_t, Complex<Real>& v) const { v = scale * v; }
+  PACKSEQ_INLINE void operator()(int64_t, Point<Real>& v) const { v = scale * v; }
 };
 
 template <class Real>
 struct FromSpectrum {
   static constexpr bool kDown = false, kUp = true;
-  PACKSEQ_INLINE void operator()(int64_t, Complex<Real>&) const {}
+  PACKSEQ_INLINE void operator()(int64_t, Point<Real>&) const {}
 };
 
 template <class Real>
 struct Convolve {
   static constexpr bool kDown = true, kUp = true;
   const Real* filter;
-  PACKSEQ_INLINE void operator()(int64_t at, Complex<Real>& v) const { v = v * load_complex(filter + at); }
+  PACKSEQ_INLINE void operator()(int64_t at, Point<Real>& v) const { v = v * load_point(filter + at); }
 };
 
 // The filters of a vector of channels, ready for sequences of one size: their taps side by side, or their spectrum,
@@ -170,7 +122,7 @@ struct Filter {
   static int64_t numbers(int64_t points) { return most(2 * points, 2 * kDirectRows) * lanes; }
 
   // rows: room for twice the points.
-  static void prepare(const LongConvProblem& p, const LongConvSize& size, const Columns<T>& columns, Real* filter,
+  static void prepare(const LongConvProblem& p, const LongConvSize& size, const Lanes<T>& columns, Real* filter,
                       Real* rows) {
     const FftPlan& plan = size.plan;
     if (plan.points == 0) {

@@ -9,8 +9,8 @@
 //
 // through which the gradients go back. Nodes lie in the lanes.
 #pragma once
+#include "core/cpu/complex.h"
 #include "core/cpu/scratch.h"
-#include "longconv/complex_cpu.h"
 
 namespace packseq::PACKSEQ_ISA {
 

@@ -1,8 +1,8 @@
 // exp(x l) for complex x and whole numbers l, in double and accurate for large l too: a product of x and l is kept in
 // two parts, exact for l up to 2^22.
 #pragma once
+#include "core/cpu/complex.h"
 #include "core/cpu/math.h"
-#include "longconv/complex_cpu.h"
 
 namespace packseq::PACKSEQ_ISA {
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/divide_up.h"
 #include "core/packed.h"
 #include "packing/packing.h"
 
@@ -86,7 +87,7 @@ void for_sequences(const PaddedShape& shape, int64_t first, int64_t last, const 
   }
 }
 
-int64_t chunks_of(const PaddedShape& shape) { return (shape.rows() + kChunk - 1) / kChunk; }
+int64_t chunks_of(const PaddedShape& shape) { return divide_up(shape.rows(), kChunk); }
 
 template <class F>
 void for_chunk(const PaddedShape& shape, int64_t c, const F& f) {

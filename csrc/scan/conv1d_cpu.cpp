@@ -5,9 +5,10 @@
 // are sums over all rows: rows go to a fixed number of slots by their place, each slot adds its tiles in order, and the
 // slots are added in order; the number of threads does not show either.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
+#include "core/cpu/memory.h"
+#include "core/divide_up.h"
 #include "scan/conv1d.h"
 #include "scan/conv1d_kernels_cpu.h"
 
@@ -19,27 +20,9 @@ constexpr int64_t kTileSequences = 16;        // where work goes by sequences
 constexpr int64_t kSlots = 32;                // of the sums over rows
 constexpr int64_t kThreadElements = 1 << 15;  // fewer are not worth a thread
 
-Conv1dKernels kernels_for(Dtype dtype) {
-#if PACKSEQ_X86_KERNELS
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return avx512::conv1d_kernels(dtype);
-    case Isa::avx2:
-      return avx2::conv1d_kernels(dtype);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::conv1d_kernels(dtype);
-}
-
-int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
-
-// Zeroes the rows of a contiguous [total, channels] tensor that no sequence owns.
-void clear_slack(const Conv1dProblem& p, void* x) {
-  const Span slack = span_of(p.cu_seqlens, p.sequences, p.total, p.sequences);
-  const size_t row = size_t(p.channels) * size_of(p.dtype);
-  if (slack.size() * row > 0) std::memset(static_cast<char*>(x) + slack.begin * row, 0, slack.size() * row);
+// Of a [total, channels] tensor.
+void zero_slack(const Conv1dProblem& p, void* x) {
+  zero_rows(x, span_of(p.cu_seqlens, p.sequences, p.total, p.sequences), size_t(p.channels) * size_of(p.dtype));
 }
 
 // f(block, tile) for tiles of `step` items (rows or sequences) and some channels; block counts the tiles' items.
@@ -76,8 +59,8 @@ void store_sums(const Conv1dBackward& b, const std::vector<double>& sums, int64_
 
 void conv1d_forward(const Conv1dForward& f, const Executor& executor) {
   const Conv1dProblem& p = f.problem;
-  const Conv1dKernels kernels = kernels_for(p.dtype);
-  clear_slack(p, f.out);
+  const Conv1dKernels kernels = PACKSEQ_BY_ISA(conv1d_kernels(p.dtype));
+  zero_slack(p, f.out);
   for_tiles(p, p.total, kConvTileRows, executor, [&](int64_t, const ConvTile& tile) { kernels.forward(f, tile); });
   if (!f.final_states) return;
   for_tiles(p, p.sequences, kTileSequences, executor,
@@ -86,8 +69,8 @@ void conv1d_forward(const Conv1dForward& f, const Executor& executor) {
 
 void conv1d_backward(const Conv1dBackward& b, const Executor& executor) {
   const Conv1dProblem& p = b.problem;
-  const Conv1dKernels kernels = kernels_for(p.dtype);
-  clear_slack(p, b.dx);
+  const Conv1dKernels kernels = PACKSEQ_BY_ISA(conv1d_kernels(p.dtype));
+  zero_slack(p, b.dx);
   const int64_t slot_rows = divide_up(divide_up(p.total, kConvTileRows), kSlots) * kConvTileRows;
   const int64_t slots = slot_rows ? divide_up(p.total, slot_rows) : 0, slot_sums = int64_t(p.width + 1) * p.channels;
   std::vector<double> sums(size_t(slots * slot_sums));
@@ -105,8 +88,8 @@ void conv1d_backward(const Conv1dBackward& b, const Executor& executor) {
 
 void conv1d_step(const Conv1dStep& s, const Executor& executor) {
   const Conv1dProblem& p = s.problem;
-  const Conv1dKernels kernels = kernels_for(p.dtype);
-  clear_slack(p, s.out);
+  const Conv1dKernels kernels = PACKSEQ_BY_ISA(conv1d_kernels(p.dtype));
+  zero_slack(p, s.out);
   for_tiles(p, p.sequences, kTileSequences, executor, [&](int64_t, const ConvTile& tile) { kernels.step(s, tile); });
 }
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "core/divide_up.h"
+
 namespace packseq {
 
 // A block has `lines` runs of `rows` rows, each in `columns` vectors of channels.
@@ -18,7 +20,6 @@ constexpr int64_t kConvFill = 1 << 17;  // threads that fill a large GPU about t
 
 // all_columns: vectors of channels in a row. Runs have `rows` rows, or fewer where that would leave a GPU idle.
 inline ConvGrid conv_grid(int64_t total, int all_columns, int most_columns, int rows) {
-  const auto divide_up = [](int64_t x, int64_t by) { return (x + by - 1) / by; };
   ConvGrid grid{};
   if (total == 0 || all_columns == 0) return grid;
   while (rows > 8 && divide_up(total, rows) * all_columns < kConvFill) rows /= 2;

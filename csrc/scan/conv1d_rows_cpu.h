@@ -3,9 +3,8 @@
 // A range of rows may hold many sequences, or a piece of one: what stands before a piece is read again. A row's sum
 // always runs over the taps in the same order, so its bits depend on its own sequence alone.
 #pragma once
-#include "core/cpu/convert.h"
+#include "core/cpu/lanes.h"
 #include "core/cpu/math.h"
-#include "core/cpu/scratch.h"
 #include "scan/conv1d_kernels_cpu.h"
 
 namespace packseq::PACKSEQ_ISA {
@@ -33,49 +32,6 @@ PACKSEQ_INLINE void with_width(int width, const F& f) {
     default:
       return f(Width<8>{});
   }
-}
-
-// `count` neighbouring channels from `first` on: a vector of them or fewer, the other lanes being zeros.
-template <class T>
-struct Lanes {
-  using Real = typename RealOf<T>::type;
-  static constexpr int lanes = kLanes<Real>;
-  int64_t first, count;
-
-  PACKSEQ_INLINE Vec<Real> load(const T* row) const {
-    if (count == lanes) return load_real(row + first);
-    T some[lanes] = {};
-    __builtin_memcpy(some, row + first, count * sizeof(T));
-    return load_real(some);
-  }
-
-  PACKSEQ_INLINE void store(T* row, Vec<Real> v) const {
-    if (count == lanes) return store_real(row + first, v);
-    T some[lanes];
-    store_real(some, v);
-    __builtin_memcpy(row + first, some, count * sizeof(T));
-  }
-
-  // Column `column` of a contiguous [channels, columns] matrix.
-  template <class U>
-  PACKSEQ_INLINE Vec<Real> gather(const U* matrix, int64_t columns, int64_t column) const {
-    U some[lanes] = {};
-    for (int64_t i = 0; i < count; ++i) some[i] = matrix[(first + i) * columns + column];
-    return load_real(some);
-  }
-
-  PACKSEQ_INLINE void scatter(T* matrix, int64_t columns, int64_t column, Vec<Real> v) const {
-    T some[lanes];
-    store_real(some, v);
-    for (int64_t i = 0; i < count; ++i) matrix[(first + i) * columns + column] = some[i];
-  }
-};
-
-// f(lanes) for the channels, a vector of them at a time.
-template <class T, class F>
-PACKSEQ_INLINE void for_lanes(const Span& channels, const F& f) {
-  constexpr int64_t lanes = Lanes<T>::lanes;
-  for (int64_t c = channels.begin; c < channels.end; c += lanes) f(Lanes<T>{c, least(lanes, channels.end - c)});
 }
 
 // A tile of rows, widened, near the processor: rows of a tensor lie far apart, often by a power of two, and a walk down
@@ -108,20 +64,13 @@ struct RowTile {
   Span rows, channels;
 };
 
-// A sequence's rows in the order of its time.
-struct Timeline {
-  int64_t first, step, length;
-
-  PACKSEQ_INLINE Timeline(const Conv1dProblem& p, const Span& span)
-      : first(p.reverse ? span.end - 1 : span.begin), step(p.reverse ? -1 : 1), length(span.size()) {}
-  PACKSEQ_INLINE int64_t row(int64_t t) const { return first + step * t; }
-};
-
 // Rows of sequence i. Even of malformed boundaries, none lies in the slack.
 PACKSEQ_INLINE Span sequence_of(const Conv1dProblem& p, int64_t i) {
   const int64_t end = span_of(p.cu_seqlens, p.sequences, p.total, p.sequences).begin;
   return span_of(p.cu_seqlens, p.sequences, end, i);
 }
+
+PACKSEQ_INLINE Timeline timeline_of(const Conv1dProblem& p, int64_t i) { return {sequence_of(p, i), p.reverse}; }
 
 // f(sequence, timeline, t0, t1) for each sequence's part of the rows: its times t0 .. t1.
 template <class F>
@@ -140,7 +89,7 @@ PACKSEQ_INLINE void for_pieces(const Conv1dProblem& p, const Span& rows, const F
     if (span.begin >= rows.end) break;
     const int64_t begin = most(span.begin, rows.begin), end = least(span.end, rows.end);
     if (begin >= end) continue;
-    const Timeline time(p, span);
+    const Timeline time(span, p.reverse);
     f(i, time, p.reverse ? span.end - end : begin - span.begin, p.reverse ? span.end - begin : end - span.begin);
   }
 }
@@ -153,11 +102,11 @@ PACKSEQ_INLINE const T* state_of(const void* states, int64_t i, int64_t channels
 
 // The taps of a vector of channels.
 template <int kWidth, class T>
-struct Filter {
+struct Taps {
   using Real = typename RealOf<T>::type;
   static constexpr int kState = kWidth - 1;
 
-  PACKSEQ_INLINE Filter(const Conv1dProblem& p, const Lanes<T>& lanes_) : lanes(lanes_), bias{} {
+  PACKSEQ_INLINE Taps(const Conv1dProblem& p, const Lanes<T>& lanes_) : lanes(lanes_), bias{} {
     PACKSEQ_UNROLL
     for (int k = 0; k < kWidth; ++k) weight[k] = lanes.gather(static_cast<const Real*>(p.weight), kWidth, k);
     if (p.bias) bias = lanes.gather(static_cast<const Real*>(p.bias), 1, 0);
@@ -221,11 +170,11 @@ void forward_rows(const Conv1dForward& f, const ConvTile& tile) {
   const Conv1dProblem& p = f.problem;
   RowTile<T, kConvTileRows + kState> x(p.x, rows_around(p, tile.items, p.reverse ? 0 : kState, p.reverse ? kState : 0),
                                        tile.channels);
-  for_lanes<T>(tile.channels, [&](const Lanes<T>& lanes) {
-    const Filter<kWidth, T> filter(p, lanes);
+  for_lanes<T>(tile.channels, [&](int64_t, const Lanes<T>& lanes) {
+    const Taps<kWidth, T> taps(p, lanes);
     for_pieces(p, tile.items, [&](int64_t i, const Timeline& time, int64_t t0, int64_t t1) {
       const T* const state = state_of<T, kWidth>(p.initial_states, i, p.channels);
-      filter.run(
+      taps.run(
           t0, t1, state, p.silu, [&](int64_t t) { return load(x.at(time.row(t), lanes)); },
           [&](int64_t t, Vec<Real> y) { store(x.at(time.row(t), lanes), y); });
     });
@@ -252,7 +201,7 @@ void final_states(const Conv1dForward& f, const ConvTile& tile) {
   for (int64_t i = tile.items.begin; i < tile.items.end; ++i) {
     const int64_t at = i * p.channels * (p.width - 1);
     const T* const from = p.initial_states ? static_cast<const T*>(p.initial_states) + at : nullptr;
-    next_state(p, Timeline(p, sequence_of(p, i)), tile.channels, from, static_cast<T*>(f.final_states) + at);
+    next_state(p, timeline_of(p, i), tile.channels, from, static_cast<T*>(f.final_states) + at);
   }
 }
 
@@ -264,20 +213,20 @@ void backward_rows(const Conv1dBackward& b, const ConvTile& tile, double* sums) 
   const Conv1dProblem& p = b.problem;
   RowTile<T, kConvTileRows + 2 * kState> x(p.x, rows_around(p, tile.items, kState, kState), tile.channels);
   RowTile<T, kConvTileRows + 2 * kState> dout(b.dout, x.rows, tile.channels);  // becomes dx
-  for_lanes<T>(tile.channels, [&](const Lanes<T>& lanes) {
-    const Filter<kWidth, T> filter(p, lanes);
+  for_lanes<T>(tile.channels, [&](int64_t, const Lanes<T>& lanes) {
+    const Taps<kWidth, T> taps(p, lanes);
     Vec<Real> dweight[kWidth] = {}, dbias = {};
     for_pieces(p, tile.items, [&](int64_t i, const Timeline& time, int64_t t0, int64_t t1) {
       const auto row = [&](int64_t t) { return load(x.at(time.row(t), lanes)); };
       const T* const dfinal = state_of<T, kWidth>(b.dfinal_states, i, p.channels);
       Vec<Real> window[kWidth], dpre[kWidth] = {};
-      filter.start(window, t0, state_of<T, kWidth>(p.initial_states, i, p.channels), row);
-      for (int64_t t = t0; t < t1 + kState; ++t, filter.advance(window), filter.advance(dpre)) {
+      taps.start(window, t0, state_of<T, kWidth>(p.initial_states, i, p.channels), row);
+      for (int64_t t = t0; t < t1 + kState; ++t, taps.advance(window), taps.advance(dpre)) {
         dpre[kState] = Vec<Real>{};
         if (t < time.length) {
           window[kState] = row(t);
           const Vec<Real> d = load(dout.at(time.row(t), lanes));
-          dpre[kState] = p.silu ? filter.through_silu(d, filter.apply(window)) : d;
+          dpre[kState] = p.silu ? taps.through_silu(d, taps.apply(window)) : d;
         }
         if (t < t1) {
           PACKSEQ_UNROLL
@@ -288,7 +237,7 @@ void backward_rows(const Conv1dBackward& b, const ConvTile& tile, double* sums) 
         if (complete < t0) continue;
         Vec<Real> sum = {};
         PACKSEQ_UNROLL
-        for (int k = 0; k < kWidth; ++k) sum += filter.weight[k] * dpre[kState - k];
+        for (int k = 0; k < kWidth; ++k) sum += taps.weight[k] * dpre[kState - k];
         if (dfinal && in_final >= 0) sum += lanes.gather(dfinal, kState, in_final);
         store(dout.at(time.row(complete), lanes), sum);
       }
@@ -310,27 +259,27 @@ void backward_initial_states(const Conv1dBackward& b, const Span& sequences, con
   using Real = typename RealOf<T>::type;
   constexpr int kState = kWidth - 1;
   const Conv1dProblem& p = b.problem;
-  const Filter<kWidth, T> filter(p, lanes);
+  const Taps<kWidth, T> taps(p, lanes);
   for (int64_t i = sequences.begin; i < sequences.end; ++i) {
-    const Timeline time(p, sequence_of(p, i));
+    const Timeline time = timeline_of(p, i);
     const T* const dfinal = state_of<T, kWidth>(b.dfinal_states, i, p.channels);
     T* const dinitial = static_cast<T*>(b.dinitial_states) + i * p.channels * kState;
     Vec<Real> window[kWidth], dpre[kState] = {};
-    const auto row = [&](int64_t t) { return lanes.load(static_cast<const T*>(p.x.data) + time.row(t) * p.x.token); };
-    filter.start(window, 0, state_of<T, kWidth>(p.initial_states, i, p.channels), row);
+    const auto row = [&](int64_t t) { return lanes.load(p.x, time.row(t)); };
+    taps.start(window, 0, state_of<T, kWidth>(p.initial_states, i, p.channels), row);
     PACKSEQ_UNROLL
     for (int t = 0; t < kState; ++t) {
       if (t >= time.length) continue;
       window[kState] = row(t);
-      const Vec<Real> d = lanes.load(static_cast<const T*>(b.dout.data) + time.row(t) * b.dout.token);
-      dpre[t] = p.silu ? filter.through_silu(d, filter.apply(window)) : d;
-      filter.advance(window);
+      const Vec<Real> d = lanes.load(b.dout, time.row(t));
+      dpre[t] = p.silu ? taps.through_silu(d, taps.apply(window)) : d;
+      taps.advance(window);
     }
     PACKSEQ_UNROLL
     for (int j = 0; j < kState; ++j) {
       Vec<Real> sum = {};
       PACKSEQ_UNROLL
-      for (int k = 0; k <= j; ++k) sum += filter.weight[k] * dpre[j - k];
+      for (int k = 0; k <= j; ++k) sum += taps.weight[k] * dpre[j - k];
       if (dfinal && j >= time.length) sum += lanes.gather(dfinal, kState, j - time.length);
       lanes.scatter(dinitial, kState, j, sum);
     }
@@ -349,13 +298,13 @@ template <int kWidth, class T>
 void step_rows(const Conv1dStep& s, const Span& sequences, const Lanes<T>& lanes) {
   using Real = typename RealOf<T>::type;
   const Conv1dProblem& p = s.problem;
-  const Filter<kWidth, T> filter(p, lanes);
+  const Taps<kWidth, T> taps(p, lanes);
   for (int64_t i = sequences.begin; i < sequences.end; ++i) {
-    const Timeline time(p, sequence_of(p, i));
-    const auto row = [&](int64_t t) { return lanes.load(static_cast<const T*>(p.x.data) + time.row(t) * p.x.token); };
-    const auto put = [&](int64_t t, Vec<Real> y) { lanes.store(static_cast<T*>(s.out) + time.row(t) * p.channels, y); };
+    const Timeline time = timeline_of(p, i);
+    const auto row = [&](int64_t t) { return lanes.load(p.x, time.row(t)); };
+    const auto put = [&](int64_t t, Vec<Real> y) { lanes.store(s.out, time.row(t), p.channels, y); };
     if (const T* const state = slot_of<T>(s, i)) {
-      filter.run(0, time.length, state, p.silu, row, put);
+      taps.run(0, time.length, state, p.silu, row, put);
     } else {
       for (int64_t t = 0; t < time.length; ++t) put(t, Vec<Real>{});
     }
@@ -366,7 +315,7 @@ template <class T>
 void update_pool(const Conv1dStep& s, const ConvTile& tile) {
   for (int64_t i = tile.items.begin; i < tile.items.end; ++i) {
     T* const state = slot_of<T>(s, i);
-    if (state) next_state(s.problem, Timeline(s.problem, sequence_of(s.problem, i)), tile.channels, state, state);
+    if (state) next_state(s.problem, timeline_of(s.problem, i), tile.channels, state, state);
   }
 }
 

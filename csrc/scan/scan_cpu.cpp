@@ -5,12 +5,11 @@
 // sequences, then over the runs. Slices depend on the channels alone and runs on the lengths, never on the number of
 // threads.
 #include <algorithm>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "core/cpu/memory.h"
 #include "core/cpu/work_list.h"
+#include "core/divide_up.h"
 #include "scan/scan.h"
 #include "scan/scan_kernels_cpu.h"
 
@@ -18,45 +17,9 @@ namespace packseq {
 
 namespace {
 
-ScanKernels kernels_for(const ScanProblem& p) {
-#if PACKSEQ_X86_KERNELS
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return avx512::scan_kernels(p);
-    case Isa::avx2:
-      return avx2::scan_kernels(p);
-    case Isa::baseline:
-      break;
-  }
-#endif
-  return baseline::scan_kernels(p);
-}
-
-// Equal aligned pieces of memory, not cleared.
-class Pieces {
- public:
-  Pieces(int64_t count, size_t bytes) : bytes_((bytes + kPage - 1) / kPage * kPage) {
-    memory_.reset(static_cast<char*>(::operator new (bytes_* count, std::align_val_t{kPage})));
-  }
-  char* operator[](int64_t i) const { return memory_.get() + i * bytes_; }
-
- private:
-  static constexpr size_t kPage = 4096;
-  struct Free {
-    void operator()(char* p) const { ::operator delete (p, std::align_val_t{kPage}); }
-  };
-  size_t bytes_;
-  std::unique_ptr<char, Free> memory_;
-};
-
 size_t parameter_size(const ScanProblem& p) { return p.dtype == Dtype::f64 ? 8 : 4; }
 int64_t blocks_of(const ScanProblem& p) { return int64_t(blocks_per_group(p)) * p.groups; }
 Span rows_of(const ScanProblem& p, int64_t i) { return span_of(p.cu_seqlens, p.sequences, p.total, i); }
-
-// Zeroes rows of a contiguous tensor.
-void clear(void* x, Span rows, size_t row_bytes) {
-  if (x && rows.size() > 0) std::memset(static_cast<char*>(x) + rows.begin * row_bytes, 0, rows.size() * row_bytes);
-}
 
 // The states of sequence or slot i in a [.., channels, states] tensor that may be nullptr.
 template <class Void>
@@ -96,9 +59,9 @@ template <class SequenceAt>
 void scan_sequences(const ScanProblem& p, void* out, const Executor& executor, const SequenceAt& sequence_at) {
   WorkList<Run> work;
   for (const Run& run : runs_of(p)) work.add(run, run_cost(p, run));
-  const ScanKernels kernels = kernels_for(p);
+  const ScanKernels kernels = PACKSEQ_BY_ISA(scan_kernels(p));
   const int workers = work.workers(executor, blocks_of(p));
-  const Pieces parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.forward_scratch(p));
+  const AlignedMemory parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.forward_scratch(p));
   kernels.prepare(p, parameters[0]);
   using Piece = WorkList<Run>::Piece;
   work.run(executor, workers, blocks_of(p), [&](const Piece& piece, const Piece&, int64_t worker) {
@@ -114,7 +77,7 @@ void scan_sequences(const ScanProblem& p, void* out, const Executor& executor, c
 
 void scan_forward(const ScanForward& f, const Executor& executor) {
   const ScanProblem& p = f.problem;
-  clear(f.out, rows_of(p, p.sequences), p.channels * size_of(p.dtype));
+  zero_rows(f.out, rows_of(p, p.sequences), p.channels * size_of(p.dtype));
   scan_sequences(p, f.out, executor, [&](int64_t i) {
     return ScanSequence{rows_of(p, i), states_at(p.initial_states, p, i), states_at(f.final_states, p, i)};
   });
@@ -125,7 +88,7 @@ void scan_step(const ScanStep& s, const Executor& executor) {
   const auto slot = [&](int64_t i) { return s.indices ? int64_t(s.indices[i]) : i; };
   const auto known = [&](int64_t i) { return slot(i) >= 0 && slot(i) < s.slots; };
   for (int64_t i = 0; i <= p.sequences; ++i) {
-    if (i == p.sequences || !known(i)) clear(s.out, rows_of(p, i), p.channels * size_of(p.dtype));
+    if (i == p.sequences || !known(i)) zero_rows(s.out, rows_of(p, i), p.channels * size_of(p.dtype));
   }
   scan_sequences(p, s.out, executor, [&](int64_t i) {
     if (!known(i)) return ScanSequence{};
@@ -143,8 +106,8 @@ struct Slices {
   explicit Slices(const ScanProblem& p) {
     constexpr int64_t most = 16;
     const int64_t all = blocks_per_group(p), width = std::max<int64_t>(64, 2 * state_width(p));
-    blocks = int(std::max((all + most - 1) / most, width / kScanBlock));
-    per_group = int((all + blocks - 1) / blocks);
+    blocks = int(std::max(divide_up(all, most), width / kScanBlock));
+    per_group = int(divide_up(all, blocks));
   }
 };
 
@@ -174,10 +137,10 @@ void add_runs(const ScanProblem& p, void* gradient, int64_t width, const std::ve
 void scan_backward(const ScanBackward& b, const Executor& executor) {
   const ScanProblem& p = b.problem;
   const Span slack = rows_of(p, p.sequences);
-  for (void* x : {b.du, b.ddelta, p.z.data ? b.dz : nullptr}) clear(x, slack, p.channels * size_of(p.dtype));
+  for (void* x : {b.du, b.ddelta, p.z.data ? b.dz : nullptr}) zero_rows(x, slack, p.channels * size_of(p.dtype));
   const size_t matrix_row = p.groups * state_width(p) * (p.complex ? parameter_size(p) : size_of(p.dtype));
-  if (!p.B.constants) clear(b.dB, slack, matrix_row);
-  if (!p.C.constants) clear(b.dC, slack, matrix_row);
+  if (!p.B.constants) zero_rows(b.dB, slack, matrix_row);
+  if (!p.C.constants) zero_rows(b.dC, slack, matrix_row);
 
   WorkList<Run> work;
   const std::vector<Run> runs = runs_of(p);
@@ -191,13 +154,13 @@ void scan_backward(const ScanBackward& b, const Executor& executor) {
   const Slices cut(p);
   const int64_t slices = int64_t(cut.per_group) * p.groups, all_blocks = blocks_of(p);
   const size_t matrix = size_t(end) * state_width(p) * parameter_size(p), dB = p.B.constants ? 0 : matrix;
-  const Pieces parts(slices, dB + (p.C.constants ? 0 : matrix));
+  const AlignedMemory parts(slices, dB + (p.C.constants ? 0 : matrix));
   std::vector<ScanSlice> matrices;
   for (int64_t i = 0; i < slices; ++i) matrices.push_back({parts[i], parts[i] + dB, false});
 
-  const ScanKernels kernels = kernels_for(p);
+  const ScanKernels kernels = PACKSEQ_BY_ISA(scan_kernels(p));
   const int workers = work.workers(executor, slices);
-  const Pieces parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.backward_scratch(p, longest));
+  const AlignedMemory parameters(1, kernels.parameter_bytes(p)), scratch(workers, kernels.backward_scratch(p, longest));
   kernels.prepare(p, parameters[0]);
   const int64_t sum_size = ScanSums::count(p) * kScanBlock;
   std::vector<double> sums(runs.size() * all_blocks * sum_size);

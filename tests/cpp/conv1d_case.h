@@ -1,12 +1,10 @@
 // One causal convolution with its tensors, and the loops that say what is right.
 #pragma once
-#include <algorithm>
 #include <cmath>
-#include <random>
 #include <string>
 #include <vector>
 
-#include "guarded.h"
+#include "matrix.h"
 #include "scan/conv1d.h"
 
 namespace packseq::testing {
@@ -69,31 +67,6 @@ inline std::vector<ConvCase> conv_cases() {
   return all;
 }
 
-// A matrix of some dtype on the host, all NaN before it is filled.
-struct Matrix {
-  Guarded memory;
-  Dtype dtype;
-  int64_t rows, columns, stride, offset;
-
-  Matrix(Dtype t, int64_t rows_, int64_t columns_, int gap = 0, int offset_ = 0)
-      : memory(size_t(rows_ * (columns_ + gap) + offset_) * size_of(t)),
-        dtype(t),
-        rows(rows_),
-        columns(columns_),
-        stride(columns_ + gap),
-        offset(offset_) {}
-
-  double at(int64_t r, int64_t c) const { return read(memory.data(), offset + r * stride + c, dtype); }
-  void set(int64_t r, int64_t c, double x) { write(memory.data(), offset + r * stride + c, dtype, x); }
-  size_t first_byte() const { return size_t(offset) * size_of(dtype); }
-
-  void fill(std::mt19937& random, int64_t begin, int64_t end, double scale = 1) {
-    std::normal_distribution<double> normal;
-    for (int64_t r = begin; r < end; ++r)
-      for (int64_t c = 0; c < columns; ++c) set(r, c, scale * normal(random));
-  }
-};
-
 // The tensors of one call. Inputs' slack rows and gaps hold NaN, and so do outputs before the call. States are
 // [sequences * channels, width - 1].
 struct Conv {
@@ -126,11 +99,7 @@ struct Conv {
     dfinal.fill(random, 0, dfinal.rows);
   }
 
-  static std::vector<int32_t> boundaries(const std::vector<int>& lengths) {
-    std::vector<int32_t> cu = {0};
-    for (int n : lengths) cu.push_back(cu.back() + n);
-    return cu;
-  }
+  static std::vector<int32_t> boundaries(const std::vector<int>& lengths) { return testing::boundaries(lengths); }
   Dtype parameter() const { return c.dtype == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
   int64_t sequences() const { return int64_t(cu.size()) - 1; }
 

@@ -1,25 +1,8 @@
 // What every implementation of the causal convolution must give: the right numbers, the same bits.
 #pragma once
-#include <gtest/gtest.h>
-
-#include <cstring>
-
 #include "conv1d_case.h"
 
 namespace packseq::testing {
-
-// Every element, by the largest value of its tensor.
-inline void expect_close(const Matrix& got, const std::vector<double>& want, double tolerance, const char* what) {
-  ASSERT_TRUE(got.memory.intact()) << what << ": written outside";
-  double scale = 0.5;
-  for (double x : want) scale = std::max(scale, std::abs(x));
-  for (int64_t r = 0; r < got.rows; ++r)
-    for (int64_t c = 0; c < got.columns; ++c) {
-      const double x = got.at(r, c), y = want[size_t(r * got.columns + c)];
-      ASSERT_TRUE(std::abs(x - y) <= tolerance * scale)
-          << what << " at " << r << ", " << c << ": got " << x << ", want " << y;
-    }
-}
 
 // sums: how much larger the terms of pre are than what they may cancel to.
 inline void expect_right(const Conv& v, double sums = 1) {
@@ -34,16 +17,6 @@ inline void expect_right(const Conv& v, double sums = 1) {
   if (v.c.bias) expect_close(v.dbias, want.dbias, exact, "dbias");
   if (v.c.final) expect_close(v.final, want.final, 0, "final states");
   if (v.c.initial) expect_close(v.dinitial, want.dinitial, rounded, "dinitial states");
-}
-
-inline void expect_same(const Matrix& a, int64_t row_a, const Matrix& b, int64_t row_b, int64_t rows,
-                        const char* what) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const size_t element = size_of(a.dtype);
-    const char* const from_a = a.memory.data() + (a.offset + (row_a + r) * a.stride) * element;
-    const char* const from_b = b.memory.data() + (b.offset + (row_b + r) * b.stride) * element;
-    ASSERT_EQ(std::memcmp(from_a, from_b, a.columns * element), 0) << what << " row " << row_a + r;
-  }
 }
 
 inline void expect_same(const Conv& a, const Conv& b) {
@@ -61,11 +34,6 @@ inline void expect_same_but(const Conv& a, const Conv& b, int64_t except) {
     expect_same(*x, 0, *y, 0, from, "before");
     expect_same(*x, to, *y, to, x->rows - to, "after");
   }
-}
-
-inline void copy_rows(Matrix& to, int64_t row_to, const Matrix& from, int64_t row_from, int64_t rows) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < to.columns; ++c) to.set(row_to + r, c, from.at(row_from + r, c));
 }
 
 // Sequence i alone, with the packed one's inputs.
@@ -153,13 +121,5 @@ struct StepPool {
     expect_same(want.out, end, got.out, end, want.out.rows - end, "slack");
   }
 };
-
-inline const std::vector<std::vector<int32_t>>& malformed_boundaries() {
-  static const std::vector<std::vector<int32_t>> all = {
-      {0, 90, 1000, -7, 40, 12},  {-100, -5, 2000000000, 3, 2, 1},
-      {9, 9, 9, 9, 9, 9},         {5, 4, 3, 2, 1, 0},
-      {0, 100, 10, 100, 10, 100}, {-2000000000, 2000000000, -2000000000, 2000000000, 0, 1}};
-  return all;
-}
 
 }  // namespace packseq::testing

@@ -1,35 +1,16 @@
 // The CPU implementation of attention, against double loops.
 #include <gtest/gtest.h>
 
-#include <atomic>
 #include <cstring>
-#include <thread>
 
 #include "attention_case.h"
+#include "executors.h"
 #include "expect_close.h"
 
 namespace packseq::testing {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-
-// Ranges of uneven size in threads of their own, one of them empty of items now and then.
-Executor threaded() {
-  return {[](int64_t count, int64_t, Executor::Body body, void* context) {
-            std::vector<std::thread> threads;
-            for (int64_t i = 0; i < count; ++i) threads.emplace_back([=] { body(context, i, i + 1); });
-            for (std::thread& t : threads) t.join();
-          },
-          3};
-}
-
-// Claims many threads, but runs everything as one range.
-Executor one_range() {
-  return {[](int64_t count, int64_t, Executor::Body body, void* context) {
-            if (count > 0) body(context, 0, count);
-          },
-          7};
-}
 
 void expect_right(const Case& c, unsigned seed = 1) {
   Attention a(c, seed);

@@ -1,23 +1,11 @@
 // The CPU implementation of the causal convolution, against loops in double.
 #include <limits>
-#include <thread>
 
 #include "conv1d_expect.h"
+#include "executors.h"
 
 namespace packseq::testing {
 namespace {
-
-Executor threaded() {
-  return {[](int64_t count, int64_t, Executor::Body body, void* context) {
-            std::vector<std::thread> threads;
-            const int64_t step = std::max<int64_t>(1, count / 3);
-            for (int64_t i = 0; i < count; i += step) {
-              threads.emplace_back([=] { body(context, i, std::min(i + step, count)); });
-            }
-            for (std::thread& t : threads) t.join();
-          },
-          3};
-}
 
 // The guarded host memory itself.
 void* place(const Matrix& m) { return const_cast<char*>(m.memory.data()) + m.first_byte(); }

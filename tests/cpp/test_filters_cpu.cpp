@@ -2,24 +2,12 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <thread>
 
+#include "executors.h"
 #include "filters_case.h"
 
 namespace packseq::testing {
 namespace {
-
-Executor threaded() {
-  return {[](int64_t count, int64_t, Executor::Body body, void* context) {
-            std::vector<std::thread> threads;
-            const int64_t step = std::max<int64_t>(1, count / 3);
-            for (int64_t i = 0; i < count; i += step) {
-              threads.emplace_back([=] { body(context, i, std::min(i + step, count)); });
-            }
-            for (std::thread& t : threads) t.join();
-          },
-          3};
-}
 
 Arrays arrays_of(const WideArrays& inputs, Dtype t) {
   Arrays arrays;

@@ -1,10 +1,10 @@
 // The CPU implementation of the long convolution, against sums in double.
 #include <cmath>
 #include <limits>
-#include <thread>
 
-#include "conv1d_expect.h"
+#include "executors.h"
 #include "longconv/longconv.h"
+#include "matrix.h"
 
 namespace packseq::testing {
 namespace {
@@ -46,7 +46,7 @@ struct LongConv {
 
   explicit LongConv(const LongConvCase& c_)
       : c(c_),
-        cu(Conv::boundaries(c.lengths)),
+        cu(boundaries(c.lengths)),
         taps(std::min<int64_t>(c.taps, longest() + 3)),
         after(std::min<int64_t>(c.after, longest() + 3)),
         u(c.dtype, cu.back() + c.slack, c.channels, c.gap, c.offset),
@@ -220,19 +220,6 @@ void expect_same(const LongConv& a, const LongConv& b) {
     expect_same(*a.shared_outputs()[i], 0, *b.shared_outputs()[i], 0, a.shared_outputs()[i]->rows, "shared gradient");
 }
 
-template <int kThreads>
-Executor threaded() {
-  return {[](int64_t count, int64_t, Executor::Body body, void* context) {
-            std::vector<std::thread> threads;
-            const int64_t step = (count + kThreads - 1) / kThreads;
-            for (int64_t i = 0; i < count; i += step) {
-              threads.emplace_back([=] { body(context, i, std::min(i + step, count)); });
-            }
-            for (std::thread& t : threads) t.join();
-          },
-          kThreads};
-}
-
 const Dtype kDtypes[] = {Dtype::f32, Dtype::f16, Dtype::bf16, Dtype::f64};
 
 std::vector<LongConvCase> cases() {
@@ -306,7 +293,7 @@ TEST(LongConvCpu, LongSequences) {
   for (const auto& [length, dtype] : {std::pair{4097, Dtype::f32}, {4097, Dtype::f64}, {14113, Dtype::f32}}) {
     for (const int after : {0, 100}) {
       LongConv v({.lengths = {length, 30, length - 1}, .after = after, .channels = 1, .dtype = dtype, .gate = true});
-      v.run(threaded<3>());
+      v.run(threaded());
       expect_right(v);
     }
   }
@@ -340,7 +327,7 @@ TEST(LongConvCpu, SameBitsWithAnyExecutor) {
   }
   for (const LongConvCase& c : all) {
     LongConv a(c), b(c), d(c);
-    a.run(), b.run(threaded<3>()), d.run(threaded<16>());
+    a.run(), b.run(threaded()), d.run(threaded<16>());
     expect_same(a, b), expect_same(a, d);
   }
 }
@@ -350,7 +337,7 @@ TEST(LongConvCpu, ManySequencesAreRight) {
     std::vector<int> lengths;
     for (int i = 0; i < 400; ++i) lengths.push_back(i * 7 % 190);
     LongConv v({.lengths = lengths, .after = 30, .channels = 20, .dtype = dtype, .D = true, .gate = true});
-    v.run(threaded<3>());
+    v.run(threaded());
     expect_right(v);
   }
 }
@@ -359,7 +346,7 @@ TEST(LongConvCpu, SameBitsAloneAndPacked) {
   for (const LongConvCase& c : packed_cases()) {
     SCOPED_TRACE(c.name());
     LongConv packed(c);
-    packed.run(threaded<3>());
+    packed.run(threaded());
     for (int64_t i = 0; i < packed.sequences(); ++i) {
       LongConvCase single = c;
       single.lengths = {c.lengths[size_t(i)]};
@@ -389,7 +376,7 @@ TEST(LongConvCpu, NanStaysInItsSequence) {
       for (Matrix* m : {&bad.u, &bad.dout, &bad.pre_gate, &bad.gate})
         for (int64_t r = begin; r < end; ++r)
           for (int64_t x = 0; x < m->columns; ++x) m->set(r, x, std::nan(""));
-      bad.run(threaded<3>());
+      bad.run(threaded());
       for (size_t m = 0; m < clean.row_outputs().size(); ++m) {
         const Matrix &a = *clean.row_outputs()[m], &b = *bad.row_outputs()[m];
         expect_same(a, 0, b, 0, begin, "before");
@@ -462,7 +449,7 @@ TEST(LongConvCpu, MalformedBoundariesStayInside) {
     for (const bool reverse : {false, true}) {
       LongConv v({.lengths = {80, 80, 80, 80, 80}, .after = 9, .reverse = reverse, .D = true, .gate = true});
       v.cu = cu;
-      v.run(threaded<3>());
+      v.run(threaded());
       for (const Matrix* m : v.row_outputs()) EXPECT_TRUE(m->memory.intact());
       for (const Matrix* m : v.shared_outputs()) EXPECT_TRUE(m->memory.intact());
     }

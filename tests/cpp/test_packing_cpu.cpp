@@ -1,6 +1,6 @@
 // The CPU implementation of packing, against its definition.
-#include <thread>
 
+#include "executors.h"
 #include "guarded.h"
 #include "packing_case.h"
 
@@ -24,18 +24,6 @@ class HostArray {
  private:
   mutable Guarded memory_;
 };
-
-Executor threaded() {
-  return {[](int64_t count, int64_t, Executor::Body body, void* context) {
-            std::vector<std::thread> threads;
-            const int64_t step = std::max<int64_t>(1, count / 3);
-            for (int64_t i = 0; i < count; i += step) {
-              threads.emplace_back([=] { body(context, i, std::min(i + step, count)); });
-            }
-            for (std::thread& t : threads) t.join();
-          },
-          3};
-}
 
 struct Serial {
   template <class T>

@@ -3,25 +3,13 @@
 
 #include <cmath>
 #include <limits>
-#include <thread>
 
+#include "executors.h"
 #include "filters_case.h"
 #include "longconv/s4_step.h"
 
 namespace packseq::testing {
 namespace {
-
-Executor threaded() {
-  return {[](int64_t count, int64_t, Executor::Body body, void* context) {
-            std::vector<std::thread> threads;
-            const int64_t step = std::max<int64_t>(1, count / 3);
-            for (int64_t i = 0; i < count; i += step) {
-              threads.emplace_back([=] { body(context, i, std::min(i + step, count)); });
-            }
-            for (std::thread& t : threads) t.join();
-          },
-          3};
-}
 
 struct StepCase {
   std::vector<int> lengths;

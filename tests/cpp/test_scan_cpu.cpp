@@ -2,8 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
-#include <thread>
 
+#include "executors.h"
 #include "expect_close.h"
 #include "scan_case.h"
 
@@ -11,26 +11,6 @@ namespace packseq::testing {
 namespace {
 
 const Dtype kDtypes[] = {Dtype::f32, Dtype::f64, Dtype::f16, Dtype::bf16};
-
-// Ranges in threads of their own.
-Executor threaded() {
-  return {[](int64_t count, int64_t, Executor::Body body, void* context) {
-            std::vector<std::thread> threads;
-            for (int64_t i = 0; i < count; i += (count + 2) / 3) {
-              threads.emplace_back([=] { body(context, i, std::min(i + (count + 2) / 3, count)); });
-            }
-            for (std::thread& t : threads) t.join();
-          },
-          3};
-}
-
-// Claims many threads, but runs everything as one range.
-Executor one_range() {
-  return {[](int64_t count, int64_t, Executor::Body body, void* context) {
-            if (count > 0) body(context, 0, count);
-          },
-          7};
-}
 
 // What is summed over many tokens may be off by more.
 void expect_outputs(Scan& s) {

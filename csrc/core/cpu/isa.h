@@ -15,4 +15,12 @@ Isa cpu_isa();
 
 const char* name_of(Isa);
 
+// Calls the function of that name in the namespace of this machine's instruction set.
+#if PACKSEQ_X86_KERNELS
+#define PACKSEQ_BY_ISA(call) \
+  (cpu_isa() == Isa::avx512 ? avx512::call : cpu_isa() == Isa::avx2 ? avx2::call : baseline::call)
+#else
+#define PACKSEQ_BY_ISA(call) baseline::call
+#endif
+
 }  // namespace packseq
