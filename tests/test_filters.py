@@ -9,11 +9,11 @@ import longconv_reference as reference
 import packseq
 import pytest
 import torch
-from compare import assert_accurate, assert_same_bits
+from compare import ULPS_OF_TERMS, assert_accurate, assert_same_bits
 from longconv_cases import FILTER_CASES, FILTERS, FILTERS_CPU_ONLY, FILTERS_ON_CPU, FilterCase
 from longconv_inputs import decaying, filter_inputs, s4_parameters
 from operators import captured, free_memory
-from scan_inputs import Draw, Tensors, real, with_gradients
+from tensors import Draw, Tensors, every_other, exact_of, real, transposed, with_gradients
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -21,8 +21,6 @@ F32, F64, C64, C128 = torch.float32, torch.float64, torch.complex64, torch.compl
 
 # ---- accuracy
 
-# A sum of terms that cancel keeps their rounding: so many ulps of their norm.
-ULPS_OF_TERMS = 4
 # In float64 the reference is plain torch itself, with phases of 1,500 radians and denominators near zero.
 OF_FLOAT64 = 2e-12
 MOST_AT_ONCE = 4_000_000  # terms that the reference holds
@@ -60,10 +58,6 @@ def plainly(case: FilterCase, tensors: Tensors, dout: Tensor) -> Tensors:
     return {name: torch.cat(x, -1) if name in in_parts else sum(x) for name, x in results.items()}
 
 
-def exactly(tensors: Tensors) -> Tensors:
-    return {name: x.to(C128 if x.is_complex() else F64) for name, x in tensors.items()}
-
-
 def rounded(tensors: Tensors, together: bool) -> Tensors:
     """S4's exact parameters, each pole off by half an ulp of float32 as where dt w is rounded: all up, or each either
     way."""
@@ -76,7 +70,7 @@ def check_filter(case: FilterCase, device: str) -> None:
     tensors, dout = filter_inputs(case, device)
     got = with_gradients(ours(case), tensors, {"out": dout})
     theirs = plainly(case, tensors, dout)
-    tensors, dout = exactly(tensors), exactly({"": dout})[""]
+    tensors, dout = exact_of(tensors), exact_of({"": dout})[""]
     exact = plainly(case, tensors, dout)
     assert set(got) == set(exact)
     floors, ulp = dict.fromkeys(exact, 0.0), torch.finfo(case.dtype).eps
@@ -126,7 +120,7 @@ def test_the_grid_of_the_s4_repository(device, poles, length):
     tensors["z"] = torch.polar(torch.ones_like(angle), angle)
     dout = draw(4, length, dtype=C64)
     got = with_gradients(ours(case), tensors, {"out": dout})
-    theirs, exact = plainly(case, tensors, dout), plainly(case, exactly(tensors), dout.to(C128))
+    theirs, exact = plainly(case, tensors, dout), plainly(case, exact_of(tensors), dout.to(C128))
 
     def error(x: Tensor, name: str) -> float:
         return ((x - exact[name]).abs() / exact[name].abs()).max().item()
@@ -226,7 +220,7 @@ def test_a_second_derivative_raises(device, operator):
 def test_s4_filter_is_the_dense_model(device, poles, rank, length):
     draw = Draw(FilterCase("dense", poles, length, rank=rank), device)
     tensors = s4_parameters(draw, 3, poles, rank, C64, 2)
-    exact = exactly(tensors)
+    exact = exact_of(tensors)
     Abar, Bbar = reference.dense_model(exact["w"], exact["B"], exact["dt"], exact.get("P"))
     expected = torch.stack([reference.dense_filter(Abar, Bbar, C, length) for C in exact["C"]])
     tensors["C"] = torch.stack([reference.c_tilde(Abar, C, length) for C in exact["C"]]).to(C64)
@@ -242,7 +236,7 @@ def test_s4_filter_is_the_dense_model(device, poles, rank, length):
 def test_s4d_filter_is_the_dense_model(device, poles, discretization):
     draw = Draw(FilterCase("diagonal", poles, 40), device)
     tensors = s4_parameters(draw, 3, poles, 0, C64, 2)
-    exact = exactly(tensors)
+    exact = exact_of(tensors)
     model = reference.dense_model(exact["w"], exact["B"], exact["dt"], None, discretization == "zoh")
     expected = torch.stack([reference.dense_filter(*model, C, 40) for C in exact["C"]])
     tensors["A"] = tensors.pop("w")
@@ -350,8 +344,8 @@ def test_strides_and_lazy_conjugates_change_nothing(device):
         case = FilterCase(operator, 5, 21, 2, 3, rank=2)
         tensors, dout = filter_inputs(case, device)
         expected = with_gradients(ours(case), tensors, {"out": dout})
-        odd = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in tensors.items()}
-        got = with_gradients(ours(case), odd, {"out": dout.movedim(0, -1).contiguous().movedim(-1, 0)})
+        odd = {name: every_other(x) for name, x in tensors.items()}
+        got = with_gradients(ours(case), odd, {"out": transposed(dout)})
         for name in expected:
             assert_same_bits(f"{operator}: {name}", real(got[name]), real(expected[name]))
         lazy = {name: x.conj().resolve_conj().conj() if x.is_complex() else x for name, x in tensors.items()}

@@ -5,6 +5,7 @@ from functools import partial
 import packseq
 import pytest
 import torch
+from bad_input import assert_raises
 from test_filters import calls_of
 from torch import Tensor
 
@@ -127,12 +128,7 @@ BAD = [
 
 @pytest.mark.parametrize(("call", "changes", "message"), BAD, ids=lambda x: x.__name__ if callable(x) else None)
 def test_bad_input(device, call, changes, message):
-    arguments = good(device)
-    call(**arguments)
-    for name, change in changes.items():
-        arguments[name] = change(arguments[name]) if callable(change) else change
-    with pytest.raises(ValueError, match=message):
-        call(**arguments)
+    assert_raises(call, good(device), changes, message)
 
 
 def test_bad_gradients(device):

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_accurate, assert_same_bits
-from operators import boundaries, random
+from operators import boundaries, captured, random
 from packseq.nn import Mamba, MambaConfig, MambaLM, MambaStates
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -455,9 +455,7 @@ def test_no_copy_to_the_host_and_graphs_replay_with_other_lengths(dtype):
         work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = work()
+    graph, results = captured(work)
     for lengths in ([50, 0, 70, 1], [1, 80, 80, 39], [0, 0, 0, 7]):
         ids.copy_(tokens(200, seed=lengths[0]))
         now.copy_(tokens(4, seed=lengths[0]))
@@ -465,7 +463,7 @@ def test_no_copy_to_the_host_and_graphs_replay_with_other_lengths(dtype):
         slots.copy_(slots.roll(1))
         before = [MambaStates(*(x.clone() for x in states)) for states in pool]
         graph.replay()
-        got = [x.clone() for x in (*captured, *(x for states in pool for x in states))]
+        got = [x.clone() for x in (*results, *(x for states in pool for x in states))]
         for states, old in zip(pool, before, strict=True):
             for x, y in zip(states, old, strict=True):
                 x.copy_(y)

@@ -7,6 +7,7 @@ for Mamba, it holds with the same rows, whatever the other sequences hold; alone
 
 import copy
 
+import longconv_reference as reference
 import pytest
 import torch
 import torch.nn.functional as F
@@ -54,20 +55,10 @@ def system(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """The discrete system of each channel, complex128 over both halves of the conjugate pairs: Abar, Bbar and C."""
     ssm = layer.ssm
     w, B = ssm.poles().to(torch.complex128), torch.view_as_complex(ssm.B.double())
-    C = ssm.output_rows() if hasattr(ssm, "P") else torch.view_as_complex(ssm.C.double())
-    w, B, C = (torch.cat([x, x.conj()], dim=-1) for x in (w, B, C.to(w.dtype)))
-    A = torch.diag_embed(w)
-    if hasattr(ssm, "P"):
-        P = torch.view_as_complex(ssm.P.double())
-        P = torch.cat([P, P.conj()], dim=-1)
-        A = A - torch.einsum("rcn,rcm->cnm", P, P.conj())
-    dt = ssm.dt().double()[:, None]
-    if ssm.discretization == "zoh":
-        return torch.diag_embed(torch.exp(dt * w)), torch.expm1(dt * w) / w * B, C
-    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-    half = dt[..., None] / 2 * A
-    Abar = torch.linalg.solve(identity - half, identity + half)
-    return Abar, torch.linalg.solve(identity - half, (dt * B)[..., None])[..., 0], C
+    P = torch.view_as_complex(ssm.P.double()) if hasattr(ssm, "P") else None
+    C = torch.view_as_complex(ssm.C.double()) if P is None else ssm.output_rows().to(w.dtype)
+    model = reference.dense_model(w, B, ssm.dt().double(), P, ssm.discretization == "zoh")
+    return *model, torch.cat([C, C.conj()], dim=-1)
 
 
 def recurrence(Abar: Tensor, Bbar: Tensor, C: Tensor, u: Tensor) -> Tensor:
