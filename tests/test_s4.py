@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_same_bits
-from operators import boundaries, random
+from operators import boundaries, captured, random
 from packseq.nn import H3, LSSL, S4, S4D, hippo
+from tensors import real
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -367,6 +368,37 @@ def test_no_copy_to_the_host(name):
             layer.step(x, pool, cu_seqlens)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("name", ["S4", "S4 both ways", "S4D", "H3", "H3 heads", "LSSL"])
+@torch.no_grad()
+def test_graphs_replay_with_other_boundaries(name, dtype):
+    layer, x = make(name, "cuda", dtype), hidden_rows(200, dtype, "cuda")
+    cu_seqlens = boundaries([50, 0, 70, 1], "cuda")
+    now, slots = hidden_rows(4, dtype, "cuda"), torch.tensor([3, 1, -1, 5], dtype=torch.int32, device="cuda")
+    steps = name in ("S4", "S4D")
+    pool = layer.allocate_states(6) if steps else None
+    states = ((pool.h if isinstance(layer, S4) else pool),) if steps else ()
+
+    def work() -> list[Tensor]:
+        outs = [layer(x, cu_seqlens)]
+        return [*outs, layer.step(now, pool, indices=slots)] if steps else outs
+
+    graph, outs = captured(work)
+    for lengths in ([50, 0, 70, 1], [1, 80, 80, 39], [0, 0, 0, 7]):
+        for rows in (x, now):
+            rows.copy_(rows.roll(1, 0))
+        slots.copy_(slots.roll(1))
+        cu_seqlens.copy_(boundaries(lengths))
+        before = [h.clone() for h in states]
+        graph.replay()
+        got = [y.clone() for y in (*outs, *states)]
+        for h, old in zip(states, before, strict=True):
+            h.copy_(old)
+        for i, (y, expected) in enumerate(zip(got, [*work(), *states], strict=True)):
+            assert_same_bits(f"{i} of {lengths}", real(y), real(expected))
 
 
 # ---- bad input
