@@ -5,7 +5,7 @@ import math
 import torch
 from longconv_cases import ConvCase, FilterCase
 from operators import statistics
-from scan_inputs import Draw, Tensors
+from tensors import Draw, Tensors
 from torch import Tensor
 
 

@@ -250,9 +250,18 @@ def _scan(options: dict, A: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
     return packseq.selective_scan(A=_decaying(A), **tensors, **options, return_final_states=True)
 
 
-def _scan_step(options: dict, states: Tensor, A: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-    pool = states.clone()
-    return packseq.selective_scan_step(pool, A=_decaying(A), **tensors, **options), pool
+def _stepped(step: Callable[..., Tensor], states: Tensor, indexed: bool, **arguments) -> tuple[Tensor, Tensor]:
+    """The outputs, and the sequences' states afterwards; indexed: in a pool that holds the last one first."""
+    if not indexed:
+        pool = states.clone()
+        return step(pool, **arguments), pool
+    pool, n = states.flip(0), states.shape[0]
+    indices = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=states.device)
+    return step(pool, **arguments, indices=indices), pool.flip(0)
+
+
+def _scan_step(options: dict, indexed: bool, states: Tensor, A: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    return _stepped(packseq.selective_scan_step, states, indexed, A=_decaying(A), **tensors, **options)
 
 
 def _add_scan(
@@ -268,6 +277,7 @@ def _add_scan(
     delta_bias: bool = False,
     initial_states: bool = False,
     step: bool = False,
+    indexed: bool = False,
     big: bool = False,
     **options,
 ) -> None:
@@ -290,7 +300,7 @@ def _add_scan(
     OPERATORS.append(
         Operator(
             id=id,
-            call=partial(_scan_step if step else _scan, options),
+            call=partial(_scan_step, options, indexed) if step else partial(_scan, options),
             inputs=inputs,
             outputs={"out": Rows((channels,)), "new_states" if step else "final_states": of_sequences},
             shared=shared,
@@ -311,7 +321,8 @@ _add_scan(
 )
 _add_scan("scan-complex", 6, 5, 3, constant="B", complex=True, z=True, delta_softplus=True, initial_states=True)
 _add_scan("scan-256", 3, 256, D=True, reverse=True)
-_add_scan("scan-step", 24, 16, 2, z=True, D=True, delta_bias=True, delta_softplus=True, step=True)
+_add_scan("scan-step", 24, 16, 2, z=True, D=True, delta_bias=True, delta_softplus=True, step=True, big=True)
+_add_scan("scan-step-indices", 24, 16, 2, z=True, delta_bias=True, step=True, indexed=True)
 _add_scan("scan-step-complex", 5, 3, constant="C", complex=True, step=True)
 
 
@@ -319,22 +330,29 @@ def _conv1d(options: dict, **tensors: Tensor) -> tuple[Tensor, Tensor]:
     return packseq.causal_conv1d(**tensors, **options, return_final_states=True)
 
 
-def _conv1d_step(options: dict, states: Tensor, x: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-    pool = states.clone()
+def _conv1d_step(options: dict, indexed: bool, states: Tensor, x: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
     if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # the pool's dtype is its owner's choice
-        pool = pool.to(torch.get_autocast_dtype(x.device.type))
-    return packseq.causal_conv1d_step(pool, x, **tensors, **options), pool
+        states = states.to(torch.get_autocast_dtype(x.device.type))
+    return _stepped(packseq.causal_conv1d_step, states, indexed, x=x, **tensors, **options)
 
 
 def _add_conv1d(
-    id: str, channels: int, width: int, *, bias: bool = False, states: str = "", big: bool = False, **options
+    id: str,
+    channels: int,
+    width: int,
+    *,
+    bias: bool = False,
+    states: str = "",
+    indexed: bool = False,
+    big: bool = False,
+    **options,
 ) -> None:
     step = states == "states"
     of_sequences = Rows((channels, width - 1), of="sequences")
     OPERATORS.append(
         Operator(
             id=id,
-            call=partial(_conv1d_step if step else _conv1d, options),
+            call=partial(_conv1d_step, options, indexed) if step else partial(_conv1d, options),
             inputs={"x": Rows((channels,))} | ({states: of_sequences} if states else {}),
             outputs={"out": Rows((channels,)), "new_states" if step else "final_states": of_sequences},
             shared={"weight": (channels, width)} | ({"bias": (channels,)} if bias else {}),
@@ -347,7 +365,8 @@ def _add_conv1d(
 _add_conv1d("conv1d", 64, 4, big=True)
 _add_conv1d("conv1d-all-options", 37, 3, bias=True, states="initial_states", activation="silu", reverse=True)
 _add_conv1d("conv1d-8", 8, 8, bias=True, states="initial_states")
-_add_conv1d("conv1d-step", 24, 4, bias=True, states="states", activation="silu")
+_add_conv1d("conv1d-step", 24, 4, bias=True, states="states", activation="silu", big=True)
+_add_conv1d("conv1d-step-indices", 11, 3, states="states", indexed=True)
 
 
 # ---- long convolution and S4's recurrence
@@ -403,18 +422,28 @@ _add_long_conv("long-conv-states", 6, 600, D=True, pre_gate=True, gate=True, sta
 _add_long_conv("long-conv-states-reverse", 1, 600, states=2, reverse=True)
 
 
-def _s4_step(options: dict, states: Tensor, w: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
-    pool = states.clone()
-    return packseq.s4_step(pool, w=_decaying(w), **tensors, **options), pool
+def _s4_step(options: dict, indexed: bool, states: Tensor, w: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    return _stepped(packseq.s4_step, states, indexed, w=_decaying(w), **tensors, **options)
 
 
-def _add_s4_step(id: str, channels: int, poles: int, rank: int, filters: int, *, D: bool = False, **options) -> None:
+def _add_s4_step(
+    id: str,
+    channels: int,
+    poles: int,
+    rank: int,
+    filters: int,
+    *,
+    D: bool = False,
+    indexed: bool = False,
+    big: bool = False,
+    **options,
+) -> None:
     of_sequences = Rows((channels, poles), of="sequences", statistics=True)
     shared = {"w": (channels, poles), "B": (channels, poles), "C": (filters, channels, poles), "dt": (channels,)}
     OPERATORS.append(
         Operator(
             id=id,
-            call=partial(_s4_step, options),
+            call=partial(_s4_step, options, indexed),
             inputs={"u": Rows((channels,)), "states": of_sequences},
             outputs={"out": Rows((filters, channels)), "new_states": of_sequences},
             shared=shared
@@ -422,11 +451,13 @@ def _add_s4_step(id: str, channels: int, poles: int, rank: int, filters: int, *,
             | ({"D": (filters, channels)} if D else {}),
             complex=frozenset(("w", "B", "C", "P", "states", "new_states")),
             inference=True,
+            big=big,
         )
     )
 
 
-_add_s4_step("s4-step", 24, 32, 1, 1, D=True)
+_add_s4_step("s4-step", 24, 32, 1, 1, D=True, big=True)
+_add_s4_step("s4-step-indices", 5, 7, 1, 2, indexed=True)
 _add_s4_step("s4-step-rank-2", 7, 5, 2, 3)
 _add_s4_step("s4-step-zoh", 3, 65, 0, 2, D=True, discretization="zoh")
 

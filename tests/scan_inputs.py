@@ -1,26 +1,9 @@
-"""Tensors for the scan's and the convolution's cases, and their results with gradients."""
-
-import zlib
-from collections.abc import Callable
+"""Tensors for the scan's and the convolution's cases."""
 
 import torch
 from operators import statistics
 from scan_cases import ConvCase, ScanCase
-from torch import Tensor
-
-Tensors = dict[str, Tensor]
-
-
-class Draw:
-    """Random tensors that depend on the case's name alone."""
-
-    def __init__(self, case: ScanCase | ConvCase, device: str):
-        self.generator = torch.Generator(device).manual_seed(zlib.crc32(case.name.encode()))
-        self.device, self.wide = device, statistics(case.dtype)
-
-    def __call__(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        kind = self.wide.to_complex() if dtype.is_complex else self.wide
-        return torch.randn(shape, generator=self.generator, device=self.device, dtype=kind).to(dtype)
+from tensors import Draw, Tensors
 
 
 def scan_inputs(case: ScanCase, device: str) -> tuple[Tensors, Tensors, dict]:
@@ -71,21 +54,3 @@ def conv_inputs(case: ConvCase, device: str) -> tuple[Tensors, Tensors, dict]:
         tensors["initial_states"] = draw(*states, dtype=case.dtype)
     gradients = {"out": draw(total, channels, dtype=case.dtype), "final_states": draw(*states, dtype=case.dtype)}
     return tensors, gradients, {"activation": "silu" if case.silu else None, "reverse": case.reverse}
-
-
-def with_gradients(function: Callable, tensors: Tensors, gradients: Tensors) -> Tensors:
-    """Outputs, which `gradients` names in order, and under "d" + name the gradients of all tensors."""
-    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-    outputs = dict(zip(gradients, function(**leaves), strict=True))
-    used = [name for name, x in outputs.items() if x.requires_grad]  # the reference may use nothing of an empty batch
-    grads = torch.autograd.grad(
-        [outputs[name] for name in used], list(leaves.values()), [gradients[name] for name in used], allow_unused=True
-    )
-    results = {name: x.detach() for name, x in outputs.items()}
-    for (name, x), grad in zip(leaves.items(), grads, strict=True):
-        results["d" + name] = torch.zeros_like(x) if grad is None else grad
-    return results
-
-
-def real(x: Tensor) -> Tensor:
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x

@@ -7,6 +7,7 @@ import packseq
 import pytest
 import reference
 import torch
+from bad_input import assert_raises
 from cases import CPU_ONLY, EVERY_CASE, ON_CPU, Case
 from compare import assert_accurate, assert_same_bits
 from hypothesis import given, settings
@@ -382,12 +383,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(device, name):
     changes, message = BAD[name]
-    arguments = good(device)
-    packseq.attention(**arguments)
-    for key, change in changes.items():
-        arguments[key] = change(arguments.get(key, arguments["q"])) if callable(change) else change
-    with pytest.raises(ValueError, match=f"attention: {message}"):
-        packseq.attention(**arguments)
+    assert_raises(packseq.attention, good(device), changes, f"attention: {message}")
 
 
 @pytest.mark.parametrize(

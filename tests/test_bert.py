@@ -17,7 +17,7 @@ import torch
 from compare import assert_accurate, assert_same_bits
 from hypothesis import given
 from hypothesis import strategies as st
-from operators import boundaries, random
+from operators import boundaries, captured, random
 from packseq.nn import BertConfig, BertEncoder, first_rows, mean_pool, sequences_and_positions
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -346,14 +346,12 @@ def test_no_copy_to_the_host_and_graphs_replay_with_other_lengths(dtype):
         embed(ids, cu_seqlens)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = embed(ids, cu_seqlens)
+    graph, results = captured(lambda: embed(ids, cu_seqlens))
     for lengths in ([50, 0, 70, 1], [1, 80, 80, 39], [0, 0, 0, 7]):
         ids.copy_(tokens(200, seed=lengths[0]))
         cu_seqlens.copy_(boundaries(lengths))
         graph.replay()
-        for name, got, expected in zip(("hidden", "mean", "pooled"), captured, embed(ids, cu_seqlens), strict=True):
+        for name, got, expected in zip(("hidden", "mean", "pooled"), results, embed(ids, cu_seqlens), strict=True):
             assert_same_bits(f"{name} of {lengths}", got, expected)
 
 

@@ -9,10 +9,11 @@ import longconv_reference as reference
 import packseq
 import pytest
 import torch
-from compare import assert_accurate, assert_same_bits
+from compare import ULPS_OF_TERMS, assert_accurate, assert_same_bits
 from longconv_cases import FILTER_CASES, FILTERS, FILTERS_CPU_ONLY, FILTERS_ON_CPU, FilterCase
 from longconv_inputs import decaying, filter_inputs, s4_parameters
-from scan_inputs import Draw, Tensors, real, with_gradients
+from operators import captured, free_memory
+from tensors import Draw, Tensors, every_other, exact_of, real, transposed, with_gradients
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -20,8 +21,6 @@ F32, F64, C64, C128 = torch.float32, torch.float64, torch.complex64, torch.compl
 
 # ---- accuracy
 
-# A sum of terms that cancel keeps their rounding: so many ulps of their norm.
-ULPS_OF_TERMS = 4
 # In float64 the reference is plain torch itself, with phases of 1,500 radians and denominators near zero.
 OF_FLOAT64 = 2e-12
 MOST_AT_ONCE = 4_000_000  # terms that the reference holds
@@ -59,10 +58,6 @@ def plainly(case: FilterCase, tensors: Tensors, dout: Tensor) -> Tensors:
     return {name: torch.cat(x, -1) if name in in_parts else sum(x) for name, x in results.items()}
 
 
-def exactly(tensors: Tensors) -> Tensors:
-    return {name: x.to(C128 if x.is_complex() else F64) for name, x in tensors.items()}
-
-
 def rounded(tensors: Tensors, together: bool) -> Tensors:
     """S4's exact parameters, each pole off by half an ulp of float32 as where dt w is rounded: all up, or each either
     way."""
@@ -75,7 +70,7 @@ def check_filter(case: FilterCase, device: str) -> None:
     tensors, dout = filter_inputs(case, device)
     got = with_gradients(ours(case), tensors, {"out": dout})
     theirs = plainly(case, tensors, dout)
-    tensors, dout = exactly(tensors), exactly({"": dout})[""]
+    tensors, dout = exact_of(tensors), exact_of({"": dout})[""]
     exact = plainly(case, tensors, dout)
     assert set(got) == set(exact)
     floors, ulp = dict.fromkeys(exact, 0.0), torch.finfo(case.dtype).eps
@@ -125,7 +120,7 @@ def test_the_grid_of_the_s4_repository(device, poles, length):
     tensors["z"] = torch.polar(torch.ones_like(angle), angle)
     dout = draw(4, length, dtype=C64)
     got = with_gradients(ours(case), tensors, {"out": dout})
-    theirs, exact = plainly(case, tensors, dout), plainly(case, exactly(tensors), dout.to(C128))
+    theirs, exact = plainly(case, tensors, dout), plainly(case, exact_of(tensors), dout.to(C128))
 
     def error(x: Tensor, name: str) -> float:
         return ((x - exact[name]).abs() / exact[name].abs()).max().item()
@@ -225,7 +220,7 @@ def test_a_second_derivative_raises(device, operator):
 def test_s4_filter_is_the_dense_model(device, poles, rank, length):
     draw = Draw(FilterCase("dense", poles, length, rank=rank), device)
     tensors = s4_parameters(draw, 3, poles, rank, C64, 2)
-    exact = exactly(tensors)
+    exact = exact_of(tensors)
     Abar, Bbar = reference.dense_model(exact["w"], exact["B"], exact["dt"], exact.get("P"))
     expected = torch.stack([reference.dense_filter(Abar, Bbar, C, length) for C in exact["C"]])
     tensors["C"] = torch.stack([reference.c_tilde(Abar, C, length) for C in exact["C"]]).to(C64)
@@ -241,7 +236,7 @@ def test_s4_filter_is_the_dense_model(device, poles, rank, length):
 def test_s4d_filter_is_the_dense_model(device, poles, discretization):
     draw = Draw(FilterCase("diagonal", poles, 40), device)
     tensors = s4_parameters(draw, 3, poles, 0, C64, 2)
-    exact = exactly(tensors)
+    exact = exact_of(tensors)
     model = reference.dense_model(exact["w"], exact["B"], exact["dt"], None, discretization == "zoh")
     expected = torch.stack([reference.dense_filter(*model, C, 40) for C in exact["C"]])
     tensors["A"] = tensors.pop("w")
@@ -283,23 +278,26 @@ def test_conjugate_forms_are_both_halves(device, poles):
     torch.testing.assert_close(packseq.vandermonde_conj(v, w, 11), packseq.vandermonde(*both, 11).real)
 
 
+GROUPED = {"s4_spectrum": "C", "vandermonde_transpose": "u"}  # what has groups, where it is not v
+
+
 def test_numerators_share_a_denominator(device):
     """Groups of v over one w: as if each had been called alone, the gradient of w summed."""
     for operator in FILTERS:
         case = FilterCase(operator, 6, 70, 4, 3, rank=1)
         tensors, dout = filter_inputs(case, device)
-        grouped = {"C"} if operator == "s4_spectrum" else {"u"} if "transpose" in operator else {"v"}
+        grouped = GROUPED.get(operator, "v")
         together = with_gradients(ours(case), tensors, {"out": dout})
         alone = [
             with_gradients(
                 ours(case),
-                {n: x[g : g + 1] if n in grouped else x for n, x in tensors.items()},
+                {n: x[g : g + 1] if n == grouped else x for n, x in tensors.items()},
                 {"out": dout[g : g + 1]},
             )
             for g in range(4)
         ]
         for name, x in together.items():
-            split = name == "out" or name[1:] in grouped
+            split = name in ("out", "d" + grouped)
             expected = torch.cat([one[name] for one in alone]) if split else sum(one[name] for one in alone)
             torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
@@ -346,8 +344,8 @@ def test_strides_and_lazy_conjugates_change_nothing(device):
         case = FilterCase(operator, 5, 21, 2, 3, rank=2)
         tensors, dout = filter_inputs(case, device)
         expected = with_gradients(ours(case), tensors, {"out": dout})
-        odd = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in tensors.items()}
-        got = with_gradients(ours(case), odd, {"out": dout.movedim(0, -1).contiguous().movedim(-1, 0)})
+        odd = {name: every_other(x) for name, x in tensors.items()}
+        got = with_gradients(ours(case), odd, {"out": transposed(dout)})
         for name in expected:
             assert_same_bits(f"{operator}: {name}", real(got[name]), real(expected[name]))
         lazy = {name: x.conj().resolve_conj().conj() if x.is_complex() else x for name, x in tensors.items()}
@@ -373,24 +371,81 @@ def test_every_run_gives_the_same_bits_whatever_the_threads(device, operator):
         torch.set_num_threads(threads)
 
 
+def of_rows(name: str, x: Tensor, rows: Tensor | list[int]) -> Tensor:
+    """Some rows of an argument or a result; z belongs to all."""
+    rows = torch.as_tensor(rows, device=x.device)
+    return x if name in ("z", "dz") else x.index_select(-1 if name.endswith("dt") else -2, rows)
+
+
+def assert_same_rows(what: str, got: Tensors, expected: Tensors) -> None:
+    for name in expected:
+        if name != "dz":  # a sum over all rows
+            assert_same_bits(f"{what}: {name}", real(got[name]), real(expected[name]))
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("operator", FILTERS)
-def test_a_row_of_nan_stays_alone(device, operator):
-    case = FilterCase(operator, 6, 40, 1, 5, rank=1)
+def test_a_row_never_reaches_another(device, operator, poison):
+    case = FilterCase(operator, 6, 40, 2, 5, rank=2)
     tensors, dout = filter_inputs(case, device)
     clean = with_gradients(ours(case), tensors, {"out": dout})
-    sick = {name: x.clone() for name, x in tensors.items()}
-    rows = {"z"}
+    sick = {name: x.clone() for name, x in (tensors | {"dout": dout}).items()}
     for name, x in sick.items():
-        if name not in rows:
-            (x if x.dim() == 1 else x.select(-2, 2)).fill_(math.nan) if x.dim() > 1 else x[2].fill_(math.nan)
-    got = with_gradients(ours(case), sick, {"out": dout})
-    others = torch.tensor([0, 1, 3, 4], device=device)
-    for name in clean:
-        if name == "dz":
-            continue  # a sum over all rows
-        dim = -1 if name == "ddt" else -2
-        healthy = [real(x[name].index_select(dim, others)) for x in (got, clean)]
-        assert_same_bits(f"{operator}: {name}", *healthy)
+        if name != "z":
+            x.select(-1 if name == "dt" else -2, 2).fill_(poison)
+    got = with_gradients(ours(case), sick, {"out": sick.pop("dout")})
+    assert real(of_rows("out", got["out"], [2])).isnan().any()
+    healthy = ({name: of_rows(name, x, [0, 1, 3, 4]) for name, x in results.items()} for results in (got, clean))
+    assert_same_rows(operator, *healthy)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("operator", FILTERS)
+def test_a_group_never_reaches_another(device, operator, poison):
+    case, grouped = FilterCase(operator, 6, 40, 3, 5, rank=1), GROUPED.get(operator, "v")
+    tensors, dout = filter_inputs(case, device)
+    clean = with_gradients(ours(case), tensors, {"out": dout})
+    sick, sick_dout = tensors | {grouped: tensors[grouped].clone()}, dout.clone()
+    for x in (sick[grouped], sick_dout):
+        x[1, 2] = poison
+    got = with_gradients(ours(case), sick, {"out": sick_dout})
+    for name in ("out", "d" + grouped):
+        pairs = [real(x[name])[[0, 2]] for x in (got, clean)]
+        assert_same_bits(f"{operator}: {name}", *pairs)
+
+
+@pytest.mark.parametrize("length", [40, 3000])
+@pytest.mark.parametrize("operator", FILTERS)
+def test_a_row_gives_the_same_bits_alone(device, operator, length):
+    case = FilterCase(operator, 33, length, 2, 7, rank=2)
+    tensors, dout = filter_inputs(case, device)
+    together = with_gradients(ours(case), tensors, {"out": dout})
+    for rows in ([0], [3], [6], [6, 1, 3]):
+        some = {name: of_rows(name, x, rows) for name, x in tensors.items()}
+        got = with_gradients(ours(case), some, {"out": of_rows("dout", dout, rows)})
+        assert_same_rows(f"{operator}, {rows}", got, {name: of_rows(name, x, rows) for name, x in together.items()})
+
+
+@pytest.mark.big
+@pytest.mark.parametrize("operator", FILTERS)
+def test_more_than_two_to_the_31_outputs(device, operator):
+    """Rows that are all the same, so many that a step's offset is beyond 32 bits."""
+    case = FilterCase(operator, 1, 1024, rank=1, real=True)
+    tensors, dout = filter_inputs(case, device)
+    fixed = {name: tensors.pop(name) for name in ("z",) if name in tensors}
+    call = partial(ours(case), **fixed)
+    expected = with_gradients(call, tensors, {"out": dout})
+    long = tensors["u"] if operator == "vandermonde_transpose" else dout
+    count = 2**31 // long.shape[-1] + 2
+    needed = 4 * count * long.shape[-1] * long.element_size()  # it, its gradient, and copies of both
+    if free_memory(device) < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of memory")
+    every = torch.zeros(count, dtype=torch.int64, device=device)
+    got = with_gradients(
+        call, {name: of_rows(name, x, every) for name, x in tensors.items()}, {"out": of_rows("out", dout, every)}
+    )
+    for row in (0, count // 2, count - 1):
+        assert_same_rows(f"row {row}", {name: of_rows(name, x, [row]) for name, x in got.items()}, expected)
 
 
 # ---- PyTorch citizens
@@ -441,43 +496,71 @@ def test_meta_tensors_know_the_results(device):
             assert (meta.shape, meta.dtype, meta.stride()) == (expected.shape, expected.dtype, expected.stride())
 
 
-def whole_filters(w: Tensor, B: Tensor, C: Tensor, dt: Tensor, P: Tensor, length: int) -> Tensor:
+def s4_and_s4d(w: Tensor, B: Tensor, C: Tensor, dt: Tensor, P: Tensor, length: int) -> Tensor:
     return packseq.s4_filter(w, B, C, dt, length, P=P) + packseq.s4d_filter(w, B, C, dt, length)
 
 
+PUBLIC = {
+    "cauchy": lambda v, w, z, length: packseq.cauchy(v, z, w),
+    "cauchy_conj": lambda v, w, z, length: packseq.cauchy_conj(v, z, w),
+    "vandermonde": packseq.vandermonde,
+    "vandermonde_conj": packseq.vandermonde_conj,
+    "vandermonde_transpose": lambda u, x, length: packseq.vandermonde_transpose(u, x),
+    "s4_spectrum": s4_and_s4d,
+}
+every_public = pytest.mark.parametrize("operator", FILTERS)
+
+
+@every_public
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiles_whole_with_lengths_that_change(device, backend):
+def test_compiles_whole_with_lengths_that_change(device, backend, operator):
     counter = CompileCounterWithBackend(backend)
-    compiled = torch.compile(whole_filters, fullgraph=True, backend=counter)
-    tensors = s4_parameters(Draw(FilterCase("compile", 4, 8), device), 3, 4, 1, C64, 2)
+    compiled = torch.compile(PUBLIC[operator], fullgraph=True, backend=counter)
     for length in (32, 45, 17, 96):
-        leaves = {name: x.clone().requires_grad_() for name, x in tensors.items()}
-        results = [f(**leaves, length=length) for f in (whole_filters, compiled)]
+        tensors, _ = filter_inputs(FilterCase(operator, 4, length, 2, 3, rank=1), device)
+        leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+        results = [f(**leaves, length=length) for f in (PUBLIC[operator], compiled)]
         torch.testing.assert_close(results[1], results[0])
-        grads = [torch.autograd.grad(x.square().sum(), list(leaves.values())) for x in results]
+        grads = [torch.autograd.grad(real(x).square().sum(), list(leaves.values())) for x in results]
         for name, expected, got in zip(leaves, *grads, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item(), msg=name)
     assert counter.frame_count <= 2, "recompiled more than once"
 
 
-def test_exports(device):
+@every_public
+def test_exports(device, operator):
     class Module(torch.nn.Module):
-        def forward(self, w, B, C, dt, P):
-            return whole_filters(w, B, C, dt, P, 24)
+        def forward(self, tensors: Tensors) -> Tensor:
+            return PUBLIC[operator](**tensors, length=24)
 
-    tensors = s4_parameters(Draw(FilterCase("export", 4, 8), device), 3, 4, 1, C64, 2)
-    program = torch.export.export(Module(), (), tensors)
-    torch.testing.assert_close(program.module()(**tensors), whole_filters(**tensors, length=24))
+    tensors, _ = filter_inputs(FilterCase(operator, 4, 24, 2, 3, rank=1), device)
+    program = torch.export.export(Module(), (tensors,))
+    torch.testing.assert_close(program.module()(tensors), PUBLIC[operator](**tensors, length=24))
 
 
-def test_autocast_leaves_filters_alone(device):
-    tensors = s4_parameters(Draw(FilterCase("autocast", 4, 8), device), 3, 4, 1, C64)
-    expected = whole_filters(**tensors, length=24)
+@every_public
+def test_autocast_leaves_filters_alone(device, operator):
+    tensors, dout = filter_inputs(FilterCase(operator, 4, 24, 2, 3, rank=1, real=True), device)
+
+    def call(**leaves: Tensor) -> tuple[Tensor]:
+        return (PUBLIC[operator](**leaves, length=24),)
+
+    if operator == "s4_spectrum":
+        dout = torch.ones(2, 3, 24, device=device)
+    expected = with_gradients(call, tensors, {"out": dout})
     with torch.autocast(device, dtype=torch.bfloat16):
-        got = whole_filters(**tensors, length=24)
-    assert_same_bits("k", got, expected)
-    half = packseq.s4_filter(tensors["w"], tensors["B"], tensors["C"], tensors["dt"].half(), 24)
-    assert half.dtype == F32
+        got = with_gradients(call, tensors, {"out": dout})
+    for name in expected:
+        assert_same_bits(name, real(got[name]), real(expected[name]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_steps_in_half_types_are_widened(device, dtype):
+    tensors = s4_parameters(Draw(FilterCase("half", 4, 8), device), 3, 4, 0, C64)
+    half = tensors.pop("dt").to(dtype)
+    diagonal = {"A" if name == "w" else name: x for name, x in tensors.items()}
+    for function, model in ((packseq.s4_filter, tensors), (packseq.s4d_filter, diagonal)):
+        assert_same_bits("k", function(**model, dt=half, length=24), function(**model, dt=half.float(), length=24))
 
 
 @pytest.mark.gpu
@@ -486,19 +569,12 @@ def test_a_captured_graph_replays(operator):
     case = FilterCase(operator, 33, 500, 2, 3, rank=2)
     tensors, dout = filter_inputs(case, "cuda")
     call = partial(with_gradients, ours(case), tensors, {"out": dout})
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
+    graph, results = captured(call)
     for x in tensors.values():
         x.mul_(0.75)
     graph.replay()
     for name, expected in call().items():
-        assert_same_bits(name, real(captured[name]), real(expected))
+        assert_same_bits(name, real(results[name]), real(expected))
 
 
 @pytest.mark.gpu

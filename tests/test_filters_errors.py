@@ -5,6 +5,7 @@ from functools import partial
 import packseq
 import pytest
 import torch
+from bad_input import assert_raises
 from test_filters import calls_of
 from torch import Tensor
 
@@ -22,6 +23,7 @@ def good(device: str) -> dict[str, Tensor]:
         "B": of((3, 4), 1),
         "C": of((2, 3, 4), 1),
         "P": of((1, 3, 4), 1),
+        "A": of((3, 4), -1),
         "dt": torch.ones(3, device=device),
     }
 
@@ -42,6 +44,30 @@ def s4(w, B, C, dt, P, length=5, **_):
     return packseq.s4_filter(w, B, C, dt, length, P=P)
 
 
+def s4d(A, B, C, dt, length=5, **options):
+    return packseq.s4d_filter(A, B, C, dt, length, discretization=options.get("discretization", "zoh"))
+
+
+def modes(A, B, dt, **options):
+    return packseq.s4d_modes(A, B, dt, discretization=options.get("discretization", "zoh"))
+
+
+BAD_DIAGONAL = [  # of both functions of diagonal models
+    ({"A": lambda x: x[0]}, r"A must be \[channels, poles\], got shape \[4\]"),
+    ({"A": lambda x: x.real}, "A must be complex64 or complex128, got float32"),
+    ({"A": lambda x: x[:, :0]}, "A must have between 1 and 1024 poles, got 0"),
+    ({"A": lambda x: x.repeat(1, 257)}, "A must have between 1 and 1024 poles, got 1028"),
+    ({"B": lambda x: x[:1]}, r"B must have shape \[3, 4\], got \[1, 4\]"),
+    ({"B": lambda x: x[:, :1]}, r"B must have shape \[3, 4\], got \[3, 1\]"),
+    ({"B": lambda x: x[None]}, r"B must have shape \[3, 4\], got \[1, 3, 4\]"),
+    ({"B": lambda x: x.real}, "B must be complex64 like A, got float32"),
+    ({"B": lambda x: x.to(C128)}, "B must be complex64 like A, got complex128"),
+    ({"dt": lambda x: x[:1]}, r"dt must have shape \[3\], got \[1\]"),
+    ({"dt": lambda x: x[0]}, r"dt must have shape \[3\], got \[\]"),
+    ({"dt": lambda x: x.double()}, "dt must be float32, got float64"),
+    ({"dt": lambda x: x.int()}, "dt must be float32, got int32"),
+    ({"discretization": "euler"}, 'discretization must be "zoh" or "bilinear", got \'euler\''),
+]
 BAD = [
     (cauchy, {"w": lambda x: x[0, 0]}, r"cauchy: w must be \[\*rows, poles\], got shape \[\]"),
     (cauchy, {"w": lambda x: x.real}, "cauchy: w must be complex64 or complex128, got float32"),
@@ -88,23 +114,21 @@ BAD = [
     (s4, {"P": lambda x: x.repeat(3, 1, 1)}, "s4_spectrum: P must have rank 1 or 2, got 3"),
     (s4, {"P": lambda x: x[:, :, :2]}, r"s4_spectrum: P must have shape \[1, 3, 4\], got \[1, 3, 2\]"),
     (s4, {"length": 0}, "s4_spectrum: length must be 1 or more, got 0"),
+    *((s4d, changes, f"s4d_filter: {message}") for changes, message in BAD_DIAGONAL),
+    *((modes, changes, f"s4d_modes: {message}") for changes, message in BAD_DIAGONAL),
+    (s4d, {"C": lambda x: x[:, :1]}, r"s4d_filter: C must have shape \[2, 3, 4\], got \[2, 1, 4\]"),
+    (s4d, {"C": lambda x: x[..., :1]}, r"s4d_filter: C must have shape \[2, 3, 4\], got \[2, 3, 1\]"),
+    (s4d, {"C": lambda x: x[0, :1]}, r"s4d_filter: C must have shape \[3, 4\], got \[1, 4\]"),
+    (s4d, {"C": lambda x: x[0, 0]}, r"s4d_filter: C must be \[channels, poles\] or \[filters, channels, poles\], got"),
+    (s4d, {"C": lambda x: x[None]}, r"s4d_filter: C must be \[channels, poles\] or \[filters, channels, poles\], got"),
+    (s4d, {"C": lambda x: x.real}, "s4d_filter: C must be complex64 like A, got float32"),
+    (s4d, {"length": 0}, "s4d_filter: length must be 1 or more, got 0"),
 ]
 
 
 @pytest.mark.parametrize(("call", "changes", "message"), BAD, ids=lambda x: x.__name__ if callable(x) else None)
 def test_bad_input(device, call, changes, message):
-    arguments = good(device)
-    call(**arguments)
-    for name, change in changes.items():
-        arguments[name] = change(arguments[name]) if callable(change) else change
-    with pytest.raises(ValueError, match=message):
-        call(**arguments)
-
-
-def test_bad_discretization():
-    A, dt = torch.ones(1, 1, dtype=C64), torch.ones(1)
-    with pytest.raises(ValueError, match=r'discretization must be "zoh" or "bilinear", got \'euler\''):
-        packseq.s4d_filter(A, A, A, dt, 5, discretization="euler")
+    assert_raises(call, good(device), changes, message)
 
 
 def test_bad_gradients(device):
@@ -125,6 +149,9 @@ def test_what_only_a_gpu_refuses():
         (cauchy, "z", "z must be on cuda:0 like w, got cpu"),
         (vandermonde, "v", "v must be on cuda:0 like x, got cpu"),
         (s4, "dt", "dt must be on cuda:0 like w, got cpu"),
+        (s4d, "B", "s4d_filter: B must be on cuda:0 like A, got cpu"),
+        (s4d, "C", "s4d_filter: C must be on cuda:0 like A, got cpu"),
+        (modes, "dt", "s4d_modes: dt must be on cuda:0 like A, got cpu"),
     ):
         with pytest.raises(ValueError, match=message):
             call(**arguments | {name: arguments[name].cpu()})

@@ -9,21 +9,20 @@ import longconv_reference as reference
 import packseq
 import pytest
 import torch
-from compare import assert_accurate, assert_same_bits
+from bad_input import assert_raises, bad_boundaries, zeros
+from compare import EXP2_ERROR, ULPS_OF_TERMS, assert_accurate, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from longconv_cases import CONV_CASES, CONV_CPU_ONLY, CONV_ON_CPU, EVERYTHING, SWITCHES, ConvCase
 from longconv_inputs import conv_inputs, decaying, uniform
-from operators import boundaries, statistics
-from scan_inputs import Draw, Tensors, real, with_gradients
+from operators import boundaries, captured, statistics
+from tensors import LAYOUTS, Draw, Tensors, exact_of, laid_out, real, with_gradients
 from torch import Tensor
 
 F32, BF16, F16, F64, C64 = torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64
 
 # ---- accuracy
 
-# A sum of terms that cancel keeps their rounding: so many ulps of their norm.
-ULPS_OF_TERMS = 4
 SHARED = ("dk", "dk_after", "dD")
 
 
@@ -190,9 +189,6 @@ def test_huge_rows_late_in_a_sequence(device, length):
 
 # ---- states
 
-# Of a power of two by a GPU's special-function unit, relative (PTX manual, ex2.approx.ftz.f32): the scan's decays.
-EXP2_ERROR = 2**-22.5
-
 
 def modes_of(draw: Draw, channels: int, states: int, taps: int, dtype: torch.dtype = C64) -> tuple[tuple, Tensor]:
     """Modes that forget within hundreds of steps, and the filter they make."""
@@ -263,11 +259,7 @@ def test_states_are_those_of_the_recurrence(device, dtype):
         return packseq.long_conv(u, k, boundaries(lengths, device), modes=(x, B, C), **options)
 
     got, theirs = (with_gradients(f, tensors, gradients) for f in (ours, recurrence))
-    wide = [
-        {n: x.to(torch.complex128 if x.is_complex() else F64) for n, x in group.items()}
-        for group in (tensors, gradients)
-    ]
-    exact = with_gradients(recurrence, *wide)
+    exact = with_gradients(recurrence, exact_of(tensors), exact_of(gradients))
     # Two ways to the same numbers; a GPU's errs in every decay, which adds up over the modes' memory of 100 steps.
     relative = 16 * torch.finfo(F32).eps if device == "cpu" else 200 * EXP2_ERROR
     for name in got:
@@ -289,20 +281,8 @@ def test_states_asked_for_alone(device):
 # ---- layouts
 
 
-def apart(x: Tensor) -> Tensor:
-    return torch.cat([x.new_full((len(x), 3), torch.nan), x, x], 1)[:, 3 : 3 + x.shape[1]]
-
-
-def transposed(x: Tensor) -> Tensor:
-    return x.t().contiguous().t()
-
-
-def every_other(x: Tensor) -> Tensor:
-    return x.repeat_interleave(2, -1)[..., ::2]
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-@pytest.mark.parametrize("layout", [apart, transposed, every_other], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_strides_change_nothing(device, layout, dtype):
     case = ConvCase("strided", (40, 0, 9, 130), 60, dtype, 8, 50, **EVERYTHING)
     tensors, gradients, options = conv_inputs(case, device)
@@ -311,11 +291,8 @@ def test_strides_change_nothing(device, layout, dtype):
     def call(**x):
         return (packseq.long_conv(**x, cu_seqlens=cu, **options),)
 
-    def odd(group: Tensors) -> Tensors:
-        return {n: every_other(x) if x.dim() == 1 else layout(x) for n, x in group.items()}
-
     expected = with_gradients(call, tensors, gradients)
-    got = with_gradients(call, odd(tensors), odd(gradients))
+    got = with_gradients(call, laid_out(tensors, layout), laid_out(gradients, layout))
     for name in expected:
         assert_same_bits(name, got[name], expected[name])
 
@@ -382,14 +359,7 @@ def test_one_sequence_in_a_graph():
     case = ConvCase("graph", (900,), 700, F32, 6, 20, **EVERYTHING)
     tensors, _, options = conv_inputs(case, "cuda")
     call = partial(packseq.long_conv, **tensors, **options)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
+    graph, out = captured(call)
     tensors["u"].mul_(0.5)
     graph.replay()
     assert_same_bits("out", out.clone(), call())
@@ -409,10 +379,6 @@ def good(device: str) -> dict:
         "initial_states": torch.zeros(2, 4, 3, dtype=C64, device=device),
         "return_final_states": True,
     }
-
-
-def zeros(*shape: int, dtype: torch.dtype = F32) -> Callable[[Tensor], Tensor]:
-    return lambda like: torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 BAD = {
@@ -456,22 +422,10 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(device, name):
     changes, message = BAD[name]
-    arguments = good(device)
-    packseq.long_conv(**arguments)
-    for key, change in changes.items():
-        arguments[key] = change(arguments.get(key, arguments["u"])) if callable(change) else change
-    with pytest.raises(ValueError, match=message):
-        packseq.long_conv(**arguments)
+    assert_raises(packseq.long_conv, good(device), changes, message)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([1, 2, 6], "cu_seqlens must start at 0, got 1"),
-        ([0, 4, 3], "cu_seqlens must not decrease, got 4 then 3 at position 2"),
-        ([0, 2, 7], "cu_seqlens must end within the 6 rows there are, got 7 at position 2"),
-    ],
-)
+@bad_boundaries
 def test_bad_boundaries(device, monkeypatch, values, message):
     monkeypatch.setenv("PACKSEQ_VALIDATE", "1")  # the CPU needs no asking
     bad = torch.tensor(values, dtype=torch.int32, device=device)

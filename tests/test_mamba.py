@@ -1,112 +1,39 @@
-"""packseq.nn.Mamba and MambaLM against the block's formulas, written out here, and against Hugging Face's Mamba where
-it is installed; decoding against recomputing; and how weights come in.
+"""packseq.nn.Mamba and MambaLM against the block's formulas; decoding against recomputing; what a pack promises. How
+weights come in, and Hugging Face's Mamba, are in test_mamba_weights.py.
 
 The operators give a sequence the same bits in any pack; the matrix products around them are the BLAS library's. So, as
 for BERT, it holds with the same rows, whatever the other sequences hold; alone and packed, results differ by rounding.
 (What products sum over is a multiple of 32 here, for the reason that test_bert.py gives.)
 """
 
-import json
 import math
 
 import packseq
-import packseq.compat.mamba_ssm as compat
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_accurate, assert_same_bits
-from operators import boundaries, random
+from mamba_models import (
+    CONFIG,
+    D_MODEL,
+    LENGTHS,
+    SIZES,
+    TOTAL,
+    batch,
+    block_weights,
+    dtypes,
+    hidden_rows,
+    make_block,
+    make_lm,
+    plain_block,
+    tokens,
+)
+from operators import boundaries, captured, random
 from packseq.nn import Mamba, MambaConfig, MambaLM, MambaStates
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
-LENGTHS = [5, 0, 40, 1, 23]
-TOTAL = sum(LENGTHS)
-D_MODEL = 32
-SIZES = {
-    **{"vocab_size": 67, "hidden_size": D_MODEL, "state_size": 16, "num_hidden_layers": 3, "conv_kernel": 4},
-    **{"time_step_rank": 32, "use_bias": True},
-}
-CONFIG = MambaConfig(**SIZES)
-
-dtypes = pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=lambda t: str(t).removeprefix("torch."))
-
-
-def block_weights(name: str = "block", d_state: int = 16, d_conv: int = 4, rank: int = 32) -> dict[str, Tensor]:
-    """Of a block, by mamba-ssm's names, all of them alive."""
-    inner = 2 * D_MODEL
-    shapes = {
-        "in_proj.weight": (2 * inner, D_MODEL),
-        "in_proj.bias": (2 * inner,),
-        "conv1d.weight": (inner, 1, d_conv),
-        "conv1d.bias": (inner,),
-        "x_proj.weight": (rank + 2 * d_state, inner),
-        "dt_proj.weight": (inner, rank),
-        "dt_proj.bias": (inner,),
-        "A_log": (inner, d_state),
-        "D": (inner,),
-        "out_proj.weight": (D_MODEL, inner),
-        "out_proj.bias": (D_MODEL,),
-    }
-    return {n: random(*shape, seed=f"{name} {n}", dtype=F32) / math.sqrt(shape[-1]) for n, shape in shapes.items()}
-
-
-def plain_block(weights: dict[str, Tensor], hidden: Tensor) -> Tensor:
-    """One sequence through the block, step by step, in the dtype of the weights."""
-    rank, inner = weights["dt_proj.weight"].shape[1], weights["D"].shape[0]
-    d_state = weights["A_log"].shape[1]
-    width = weights["conv1d.weight"].shape[2]
-    x, z = (hidden @ weights["in_proj.weight"].T + weights["in_proj.bias"]).split(inner, 1)
-    padded = F.pad(x, (0, 0, width - 1, 0))
-    taps = [padded[k : k + len(x)] * weights["conv1d.weight"][:, 0, k] for k in range(width)]
-    u = F.silu(sum(taps) + weights["conv1d.bias"])
-    dt, B, C = (u @ weights["x_proj.weight"].T).split([rank, d_state, d_state], 1)
-    delta = F.softplus(dt @ weights["dt_proj.weight"].T + weights["dt_proj.bias"])
-    A = -weights["A_log"].exp()
-    state, ys = torch.zeros_like(A), []
-    for t in range(len(x)):
-        state = torch.exp(delta[t, :, None] * A) * state + (delta[t] * u[t])[:, None] * B[t]
-        ys.append(state @ C[t])
-    y = torch.stack(ys) if ys else x
-    return ((y + weights["D"] * u) * F.silu(z)) @ weights["out_proj.weight"].T + weights["out_proj.bias"]
-
-
-def make_block(device: str = "cpu", dtype: torch.dtype = F32) -> Mamba:
-    block = Mamba(D_MODEL, 16, 4, 2, 32, bias=True)
-    block.load_state_dict(block_weights())
-    return block.to(device, dtype)
-
-
-def lm_weights(config: MambaConfig = CONFIG) -> dict[str, Tensor]:
-    """Of a model, by mamba-ssm's names."""
-    hidden = config.hidden_size
-    weights = {"backbone.embedding.weight": random(config.vocab_size, hidden, seed="embedding", dtype=F32)}
-    for i in range(config.num_hidden_layers):
-        layer = f"backbone.layers.{i}"
-        weights[f"{layer}.norm.weight"] = 1 + random(hidden, seed=f"norm {i}", dtype=F32) / 4
-        weights |= {f"{layer}.mixer.{name}": x for name, x in block_weights(f"layer {i}").items()}
-    weights["backbone.norm_f.weight"] = 1 + random(hidden, seed="norm_f", dtype=F32) / 4
-    return weights | {"lm_head.weight": weights["backbone.embedding.weight"]}
-
-
-def make_lm(device: str = "cpu", dtype: torch.dtype = F32) -> MambaLM:
-    return MambaLM.from_mamba_ssm(lm_weights(), CONFIG, device=device, dtype=dtype)
-
-
-def tokens(length: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 * seed + length)
-    return torch.randint(0, CONFIG.vocab_size - 1, (length,), generator=generator)
-
-
-def batch(lengths: list[int] = LENGTHS, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    ids = torch.cat([tokens(n, seed) for seed, n in enumerate(lengths)])
-    return ids.to(device), boundaries(lengths, device)
-
-
-def hidden_rows(total: int = TOTAL, dtype: torch.dtype = F32, device: str = "cpu") -> Tensor:
-    return random(total, D_MODEL, seed="hidden", dtype=F32).to(device, dtype)
-
 
 # ---- the block
 
@@ -308,6 +235,25 @@ def test_drawing(device):
     assert_same_bits("greedy", draw(temperature=1e-3), torch.stack(model.generate(prompts, 2)))
 
 
+# ---- training
+
+
+def test_random_weights_can_be_trained():
+    torch.manual_seed(0)
+    model = MambaLM(CONFIG)
+    assert not model.layers[0].mixer.in_proj.bias.any()
+    ids, cu_seqlens = batch()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(15):
+        loss = F.cross_entropy(model(ids, cu_seqlens), ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
 # ---- what a pack promises
 
 
@@ -455,9 +401,7 @@ def test_no_copy_to_the_host_and_graphs_replay_with_other_lengths(dtype):
         work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = work()
+    graph, results = captured(work)
     for lengths in ([50, 0, 70, 1], [1, 80, 80, 39], [0, 0, 0, 7]):
         ids.copy_(tokens(200, seed=lengths[0]))
         now.copy_(tokens(4, seed=lengths[0]))
@@ -465,7 +409,7 @@ def test_no_copy_to_the_host_and_graphs_replay_with_other_lengths(dtype):
         slots.copy_(slots.roll(1))
         before = [MambaStates(*(x.clone() for x in states)) for states in pool]
         graph.replay()
-        got = [x.clone() for x in (*captured, *(x for states in pool for x in states))]
+        got = [x.clone() for x in (*results, *(x for states in pool for x in states))]
         for states, old in zip(pool, before, strict=True):
             for x, y in zip(states, old, strict=True):
                 x.copy_(y)
@@ -511,205 +455,3 @@ def test_bad_arguments_of_a_block_are_named():
     for options in ({"temperature": -1.0}, {"top_k": 0}):
         with pytest.raises(ValueError, match=r"^MambaLM.generate: temperature must be at least 0"):
             make_lm().generate([tokens(3)], 4, **options)
-
-
-# ---- weights
-
-
-def assert_same_model(got: MambaLM, expected: MambaLM) -> None:
-    assert got.config == expected.config
-    expected = expected.state_dict()
-    assert got.state_dict().keys() == expected.keys()
-    for name, x in got.state_dict().items():
-        assert_same_bits(name, x, expected[name])
-
-
-def hf_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace("embedding.", "embeddings."): x for name, x in weights.items()}
-
-
-MAMBA_SSM = {
-    **{"d_model": D_MODEL, "n_layer": 3, "vocab_size": 61, "pad_vocab_size_multiple": 67, "rms_norm": True},
-    **{"residual_in_fp32": True, "fused_add_norm": True, "tie_embeddings": True, "d_intermediate": 0},
-    "ssm_cfg": {"layer": "Mamba1", "d_state": 16, "dt_rank": 32, "bias": True},
-}
-
-
-def test_weights_of_both_libraries():
-    expected = make_lm()
-    assert not expected.training
-    assert_same_model(MambaLM.from_mamba_ssm(lm_weights(), MAMBA_SSM), expected)
-    assert_same_model(MambaLM.from_huggingface(hf_names(lm_weights()), SIZES), expected)
-    headless = {n.removeprefix("backbone."): x for n, x in lm_weights().items() if n != "lm_head.weight"}
-    assert_same_model(MambaLM.from_mamba_ssm(headless, CONFIG), expected)
-    assert_same_model(MambaLM.from_huggingface(hf_names(headless), CONFIG), expected)
-
-
-def test_untied_head():
-    config, head = MambaConfig(**SIZES, tie_word_embeddings=False), random(67, D_MODEL, seed="head", dtype=F32)
-    model = MambaLM.from_mamba_ssm(lm_weights() | {"lm_head.weight": head}, config)
-    hidden = model.hidden_states(tokens(5))
-    assert_same_bits("logits", model.logits(hidden), F.linear(hidden, head))
-    with pytest.raises(ValueError, match=r"lm_head.weight must be the embedding, as tie_word_embeddings says"):
-        MambaLM.from_mamba_ssm(lm_weights() | {"lm_head.weight": head}, CONFIG)
-
-
-def test_weights_keep_their_own_dtypes():
-    mixed = {n: x if n.endswith(("A_log", ".D")) else x.to(BF16) for n, x in lm_weights().items()}
-    model = MambaLM.from_mamba_ssm(mixed, CONFIG)
-    assert model.layers[0].mixer.A_log.dtype == F32
-    assert model.layers[0].mixer.in_proj.weight.dtype == BF16
-    assert model(tokens(4)).dtype == BF16
-    assert {p.dtype for p in MambaLM.from_mamba_ssm(mixed, CONFIG, dtype=F32).parameters()} == {F32}
-    mixed["backbone.norm_f.weight"].zero_()
-    assert model.norm_f.weight.any()
-
-
-def test_folders_and_files(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    expected = make_lm()
-    theirs, hf, parts = (tmp_path / name for name in ("mamba-ssm", "hf", "parts"))
-    for folder, config in ((theirs, MAMBA_SSM), (hf, SIZES), (parts, SIZES)):
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config | {"something_else": 7}))
-    with pytest.raises(ValueError, match=r"hold, a model.safetensors or a pytorch_model.bin; found \['config.json'\]"):
-        MambaLM.from_mamba_ssm(theirs)
-    torch.save(lm_weights(), theirs / "pytorch_model.bin")
-    assert_same_model(MambaLM.from_mamba_ssm(theirs), expected)
-    assert_same_model(MambaLM.from_mamba_ssm(theirs / "pytorch_model.bin"), expected)
-    weights = {n: x.clone() for n, x in hf_names(lm_weights()).items() if n != "lm_head.weight"}
-    safetensors.save_file(weights, hf / "model.safetensors")
-    assert_same_model(MambaLM.from_huggingface(hf), expected)
-    files = {name: f"model-{1 + i % 2}.safetensors" for i, name in enumerate(weights)}
-    for file in set(files.values()):
-        safetensors.save_file({n: x for n, x in weights.items() if files[n] == file}, parts / file)
-    (parts / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    assert_same_model(MambaLM.from_huggingface(parts), expected)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda w: w.pop("backbone.layers.1.mixer.D"), "weights lack backbone.layers.1.mixer.D$"),
-        (lambda w: w.pop("backbone.embedding.weight"), "lack backbone.embedding.weight: they are not of a Mamba model"),
-        (lambda w: w.update({"backbone.layers.3.mixer.D": torch.zeros(64)}), "not all Mamba's: backbone.layers.3"),
-        (
-            lambda w: w.update({"backbone.norm_f.weight": torch.zeros(5)}),
-            r"norm_f.weight is \(5,\) and must be \(32,\)",
-        ),
-    ],
-)
-def test_wrong_weights_are_named(change, message):
-    weights = lm_weights()
-    change(weights)
-    with pytest.raises(ValueError, match=message):
-        MambaLM.from_mamba_ssm(weights, CONFIG)
-
-
-@pytest.mark.parametrize(
-    ("convert", "change", "message"),
-    [
-        (MambaConfig.from_huggingface, {"model_type": "mamba2"}, "model_type must be 'mamba', got 'mamba2'"),
-        (MambaConfig.from_huggingface, {"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
-        (MambaConfig.from_mamba_ssm, {"ssm_cfg": {"layer": "Mamba2"}}, "ssm_cfg.layer must be 'Mamba1', got 'Mamba2'"),
-        (MambaConfig.from_mamba_ssm, {"ssm_cfg": {"headdim": 64}}, "options of Mamba-1 only, got headdim"),
-        (MambaConfig.from_mamba_ssm, {"attn_layer_idx": [1]}, r"attn_layer_idx must be \[\], got \[1\]"),
-        (MambaConfig.from_mamba_ssm, {"rms_norm": False}, "rms_norm must be True, got False"),
-        (MambaConfig.from_mamba_ssm, {"d_intermediate": 5}, "d_intermediate must be 0, got 5"),
-    ],
-)
-def test_unsupported_configurations_are_named(convert, change, message):
-    with pytest.raises(ValueError, match=f"^MambaConfig: .*{message}"):
-        convert(change)
-
-
-def test_random_weights_can_be_trained():
-    torch.manual_seed(0)
-    model = MambaLM(CONFIG)
-    assert not model.layers[0].mixer.in_proj.bias.any()
-    ids, cu_seqlens = batch()
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(15):
-        loss = F.cross_entropy(model(ids, cu_seqlens), ids)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.8 * losses[0]
-
-
-# ---- Hugging Face's own
-
-
-@pytest.fixture
-def theirs(monkeypatch, device):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    model = transformers.MambaForCausalLM(transformers.MambaConfig(**SIZES))
-    with torch.no_grad():
-        for p in model.parameters():  # all alive, norms and biases too
-            p += torch.randn_like(p) / 10
-    return model.to(device)
-
-
-def padded(device: str, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Token ids [batch, longest] and where they are real."""
-    ids = [tokens(n, seed) for seed, n in enumerate(lengths) if n]
-    mask = [torch.ones_like(x) for x in ids]
-    return tuple(torch.nn.utils.rnn.pad_sequence(x, batch_first=True).to(device) for x in (ids, mask))
-
-
-@torch.no_grad()
-def test_same_logits_as_hugging_face(theirs, device):
-    theirs.eval()
-    ours = MambaLM.from_huggingface(theirs)
-    ids, mask = padded(device, LENGTHS)
-    logits = theirs(ids, attention_mask=mask, use_cache=False).logits
-    limit = 2e-5 * logits.abs().max().item()
-    packed = ours(*batch(device=device))
-    torch.testing.assert_close(packed, logits[mask.bool()], rtol=0, atol=limit)
-    rows = ours(ids.flatten(), boundaries([ids.shape[1]] * len(ids), device)).view_as(logits)
-    torch.testing.assert_close(rows[mask.bool()], logits[mask.bool()], rtol=0, atol=limit)
-    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    prompts = [ids[0, :5], ids[1, :17]]
-    for prompt, added in zip(prompts, ours.generate(prompts, 6), strict=True):
-        assert torch.equal(added, theirs.generate(prompt[None], **options)[0, len(prompt) :])
-
-
-def test_one_training_step_has_the_same_gradients_as_hugging_face(theirs, device):
-    ours = MambaLM.from_huggingface(theirs.train()).train()
-    ids, mask = padded(device, LENGTHS)
-    theirs(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
-    packed, cu_seqlens = batch(device=device)
-    targets = packed.roll(-1)
-    targets[cu_seqlens[1:].long() - 1] = -100
-    F.cross_entropy(ours(packed, cu_seqlens), targets).backward()
-    expected = MambaLM.from_huggingface({n: p.grad for n, p in theirs.named_parameters()}, CONFIG)
-    for (name, p), grad in zip(ours.named_parameters(), expected.parameters(), strict=True):
-        limit = 2e-5 * grad.abs().max().item()
-        torch.testing.assert_close(p.grad, grad.detach(), rtol=1e-4, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_hugging_face_runs_on_the_compatible_functions(theirs, device, monkeypatch):
-    from transformers.models.mamba import modeling_mamba
-
-    ids, _ = padded(device, [19, 19])
-    expected = theirs.eval()(ids, use_cache=False).logits
-    greedy = theirs.generate(ids[:, :7], max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
-
-    def without_fallback_options(*args, use_mambapy=None, use_associative_scan=None, **options):
-        return compat.selective_scan_fn(*args, **options)
-
-    monkeypatch.setattr(modeling_mamba, "mamba_inner_fn", compat.mamba_inner_fn)
-    monkeypatch.setattr(modeling_mamba, "mamba_selective_scan", without_fallback_options)
-    monkeypatch.setattr(modeling_mamba, "mamba_selective_state_update", compat.selective_state_update)
-    monkeypatch.setattr(modeling_mamba, "causal_conv1d_fn", compat.causal_conv1d_fn)
-    monkeypatch.setattr(modeling_mamba, "causal_conv1d_update", compat.causal_conv1d_update)
-    limit = 2e-5 * expected.abs().max().item()
-    for training in (False, True):
-        logits = theirs.train(training)(ids, use_cache=False).logits
-        torch.testing.assert_close(logits, expected, rtol=0, atol=limit)
-    got = theirs.eval().generate(ids[:, :7], max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(got, greedy)

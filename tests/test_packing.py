@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operators import captured
 from packseq import packing
 from torch import Tensor
 
@@ -356,18 +357,11 @@ def test_graph_replays_with_another_mask():
         starts = packing.from_seq_idx(packing.to_seq_idx(cu_seqlens, 500), max_sequences=10)
         return tokens, cu_seqlens, indices, out, starts, *torch.autograd.grad(out.sum(), padded)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     for name in ("left", "holes", "both ends"):
         mask.copy_(MASKS[name])
         graph.replay()
-        assert_same(tuple(x.detach() for x in captured), tuple(x.detach() for x in step()))
+        assert_same(tuple(x.detach() for x in results), tuple(x.detach() for x in step()))
 
 
 @pytest.mark.gpu

@@ -1,11 +1,26 @@
 """What every operator promises (see "Promises" in the README), each a test over every registered operator."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from compare import assert_same_bits
-from operators import OPERATORS, Operator, batch, boundaries, draw, free_memory, pack, rows_of, run, split
+from operators import (
+    OPERATORS,
+    Operator,
+    Rows,
+    batch,
+    boundaries,
+    captured,
+    draw,
+    free_memory,
+    pack,
+    rows_of,
+    run,
+    split,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.exc import InductorError
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -175,19 +190,12 @@ def test_a_captured_graph_replays_with_other_boundaries(op, dtype):
                         (torch.view_as_real(x) if x.is_complex() else x).nan_to_num_(0.25)
 
     fill(lengths)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run(op, static)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(op, static)
+    graph, results = captured(partial(run, op, static))
     for values in [*others, lengths]:
         fill(values)
         graph.replay()
         torch.cuda.synchronize()
-        replayed = {name: x.clone() for name, x in captured.items()}
+        replayed = {name: x.clone() for name, x in results.items()}
         assert_same_results(f"boundaries of {values}", replayed, run(op, static))
 
 
@@ -198,29 +206,35 @@ def test_a_captured_graph_replays_with_other_boundaries(op, dtype):
 @pytest.mark.parametrize("op", [op for op in OPERATORS if op.big], ids=str)
 @narrow_and_wide
 def test_offsets_beyond_two_to_the_31(op, device, dtype):
-    """Many sequences of zeros, whose last has an offset that 32 bits cannot hold in any tensor."""
-    wide = [math.prod(rows.shape) for rows in [*op.inputs.values(), *op.outputs.values()] if not rows.statistics]
+    """Many sequences of zeros, whose last has an offset that 32 bits cannot hold in any tensor of tokens, nor, of a
+    step, in its states."""
+    named = {**op.inputs, **op.outputs}
+    width = {name: math.prod(rows.shape) for name, rows in named.items()}
+    of_tokens = min(width[name] for name, rows in named.items() if rows.of != "sequences" and not rows.statistics)
     length, tail = 1024 if device == "cuda" else 64, 100
-    count = 2**31 // (min(wide) * length) + 1
-    # Inputs and outputs, their gradients, and an accumulator in float32.
-    needed = count * length * sum(wide) * (3 * dtype.itemsize + 2)
+    if op.inference:  # as short as lets the states have no fewer elements
+        length = max(1, min(width[name] for name, rows in named.items() if rows.of == "sequences") // of_tokens)
+    count = 2**31 // (of_tokens * length) + 1
+    elements = {name: count * op.count(rows, length) * width[name] for name, rows in named.items()}
+    needed = sum(n * op.dtype_of(name, dtype).itemsize for name, n in elements.items())
+    if not op.inference:  # the gradients of both, and an accumulator in float32
+        needed = 3 * needed + 2 * sum(elements.values())
     if free_memory(device) < needed:
         pytest.skip(f"needs {needed >> 30} GiB of memory")
-    lengths = [length] * count + [tail]
     b = pack(op, [tail], [draw(op, tail, dtype)], dtype, device)
     [expected], _ = split(op, [tail], run(op, b))
 
-    def widen(x: torch.Tensor, of: str) -> torch.Tensor:
-        rows = count if of == "sequences" else sum(op.lengths[of](n) for n in lengths[:-1])
-        return torch.cat([x.new_zeros(rows, *x.shape[1:]), x])
+    def widen(x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        return torch.cat([x.new_zeros(count * op.count(rows, length), *x.shape[1:]), x])
 
     with torch.no_grad():
         for name, rows in op.inputs.items():
-            b.arguments[name] = widen(b.arguments[name].detach(), rows.of)
-        for name, rows in op.outputs.items():
-            b.gradients[name] = widen(b.gradients[name], rows.of)
+            b.arguments[name] = widen(b.arguments[name].detach(), rows)
+        for name, rows in op.outputs.items() if not op.inference else ():
+            b.gradients[name] = widen(b.gradients[name], rows)
         for name, f in op.lengths.items():
-            b.arguments[name] = boundaries([f(n) for n in lengths], device)
+            counts = torch.tensor([0, f(length), f(tail)]).repeat_interleave(torch.tensor([1, count, 1]))
+            b.arguments[name] = counts.cumsum(0).int().to(device)
     for name in op.inputs if not op.inference else ():
         b.arguments[name].requires_grad_()
     results = run(op, b)
@@ -359,7 +373,7 @@ def test_compiles_whole_and_recompiles_once(op, device, backend, request):
     if backend == "inductor" and op.inference and op.complex:
         # It takes no operator that updates a tensor in place beside complex ones. The day it does, this fails.
         request.applymarker(pytest.mark.xfail(raises=InductorError, strict=True))
-    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(op.call, fullgraph=True, backend=counter)
     for lengths in ([5, 3, 8], [4, 0, 2, 9, 7], [6, 20], [31, 2, 2, 2, 2, 17, 90]):
         expected = run(op, batch(op, lengths, F32, device))

@@ -7,12 +7,14 @@ for Mamba, it holds with the same rows, whatever the other sequences hold; alone
 
 import copy
 
+import longconv_reference as reference
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import assert_same_bits
-from operators import boundaries, random
+from operators import boundaries, captured, random
 from packseq.nn import H3, LSSL, S4, S4D, hippo
+from tensors import real
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -54,20 +56,10 @@ def system(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """The discrete system of each channel, complex128 over both halves of the conjugate pairs: Abar, Bbar and C."""
     ssm = layer.ssm
     w, B = ssm.poles().to(torch.complex128), torch.view_as_complex(ssm.B.double())
-    C = ssm.output_rows() if hasattr(ssm, "P") else torch.view_as_complex(ssm.C.double())
-    w, B, C = (torch.cat([x, x.conj()], dim=-1) for x in (w, B, C.to(w.dtype)))
-    A = torch.diag_embed(w)
-    if hasattr(ssm, "P"):
-        P = torch.view_as_complex(ssm.P.double())
-        P = torch.cat([P, P.conj()], dim=-1)
-        A = A - torch.einsum("rcn,rcm->cnm", P, P.conj())
-    dt = ssm.dt().double()[:, None]
-    if ssm.discretization == "zoh":
-        return torch.diag_embed(torch.exp(dt * w)), torch.expm1(dt * w) / w * B, C
-    identity = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device)
-    half = dt[..., None] / 2 * A
-    Abar = torch.linalg.solve(identity - half, identity + half)
-    return Abar, torch.linalg.solve(identity - half, (dt * B)[..., None])[..., 0], C
+    P = torch.view_as_complex(ssm.P.double()) if hasattr(ssm, "P") else None
+    C = torch.view_as_complex(ssm.C.double()) if P is None else ssm.output_rows().to(w.dtype)
+    model = reference.dense_model(w, B, ssm.dt().double(), P, ssm.discretization == "zoh")
+    return *model, torch.cat([C, C.conj()], dim=-1)
 
 
 def recurrence(Abar: Tensor, Bbar: Tensor, C: Tensor, u: Tensor) -> Tensor:
@@ -376,6 +368,37 @@ def test_no_copy_to_the_host(name):
             layer.step(x, pool, cu_seqlens)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("name", ["S4", "S4 both ways", "S4D", "H3", "H3 heads", "LSSL"])
+@torch.no_grad()
+def test_graphs_replay_with_other_boundaries(name, dtype):
+    layer, x = make(name, "cuda", dtype), hidden_rows(200, dtype, "cuda")
+    cu_seqlens = boundaries([50, 0, 70, 1], "cuda")
+    now, slots = hidden_rows(4, dtype, "cuda"), torch.tensor([3, 1, -1, 5], dtype=torch.int32, device="cuda")
+    steps = name in ("S4", "S4D")
+    pool = layer.allocate_states(6) if steps else None
+    states = ((pool.h if isinstance(layer, S4) else pool),) if steps else ()
+
+    def work() -> list[Tensor]:
+        outs = [layer(x, cu_seqlens)]
+        return [*outs, layer.step(now, pool, indices=slots)] if steps else outs
+
+    graph, outs = captured(work)
+    for lengths in ([50, 0, 70, 1], [1, 80, 80, 39], [0, 0, 0, 7]):
+        for rows in (x, now):
+            rows.copy_(rows.roll(1, 0))
+        slots.copy_(slots.roll(1))
+        cu_seqlens.copy_(boundaries(lengths))
+        before = [h.clone() for h in states]
+        graph.replay()
+        got = [y.clone() for y in (*outs, *states)]
+        for h, old in zip(states, before, strict=True):
+            h.copy_(old)
+        for i, (y, expected) in enumerate(zip(got, [*work(), *states], strict=True)):
+            assert_same_bits(f"{i} of {lengths}", real(y), real(expected))
 
 
 # ---- bad input

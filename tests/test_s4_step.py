@@ -1,18 +1,19 @@
 """packseq.s4_step: equal to the dense recurrence, to the convolution with the filters that it stands for, and a
-continuation of either; its pools of states."""
+continuation of either. Its pools of states are in test_scan_steps.py."""
 
-from collections.abc import Callable
 from functools import partial
 
 import longconv_reference as reference
 import packseq
 import pytest
 import torch
+from bad_input import assert_raises, zeros
 from compare import assert_accurate, assert_same_bits
 from longconv_cases import ConvCase
 from longconv_inputs import s4_parameters
 from operators import boundaries, statistics
-from scan_inputs import Draw, Tensors, real
+from packseq.nn import hippo
+from tensors import Draw, Tensors, every_other, exact_of, real, transposed
 from torch import Tensor
 
 F32, BF16, F16, F64, C64, C128 = (
@@ -25,10 +26,6 @@ def model(device: str, channels: int, poles: int, rank: int, filters: int | None
     """S4's parameters, stable with P too: at most the size of HiPPO-LegS's own."""
     draw = Draw(ConvCase(f"model {channels} {poles} {rank} {filters}", (1,), 1, dtype), device)
     return s4_parameters(draw, channels, poles, rank, statistics(dtype).to_complex(), filters)
-
-
-def exactly(tensors: Tensors) -> Tensors:
-    return {name: x.to(C128 if x.is_complex() else F64) for name, x in tensors.items()}
 
 
 # ---- what it computes
@@ -48,7 +45,7 @@ def test_steps_are_the_dense_recurrence(device, poles, filters, rank, discretiza
     pool = states.clone()
     out = packseq.s4_step(pool, u, **parameters, cu_seqlens=boundaries(lengths, device), discretization=discretization)
     step = partial(reference.s4_step, lengths=lengths, zoh=discretization == "zoh")
-    plain, exact = step(states, u, **parameters), step(states.to(C128), u.double(), **exactly(parameters))
+    plain, exact = step(states, u, **parameters), step(states.to(C128), u.double(), **exact_of(parameters))
     assert out.shape == (sum(lengths), *parameters["C"].shape[:-1])
     assert_accurate("out", out, exact[0], plain[0])
     assert_accurate("states", real(pool), real(exact[1]), real(plain[1]))
@@ -66,20 +63,13 @@ def test_an_integrator_by_zero_order_hold(device):
 
 
 def legs(device: str, channels: int, pairs: int) -> Tensors:
-    """HiPPO-LegS as its normal part and a rank-one correction, diagonalised in float64."""
-    n = torch.arange(2 * pairs, dtype=F64)
-    P, B = (n + 0.5).sqrt(), (2 * n + 1).sqrt()
-    below = -(B[:, None] * B).tril(-1) - torch.diag(n + 1)
-    normal = below + P[:, None] * P
-    values, vectors = torch.linalg.eig(normal)
-    chosen = values.imag.argsort(descending=True)[:pairs]
-    V = vectors[:, chosen].conj().t()
-    generator = torch.Generator().manual_seed(0)
+    """HiPPO-LegS as its normal part and a rank-one correction."""
+    form = hippo.diagonal_plus_low_rank("legs", 2 * pairs)
     parameters = {
-        "w": torch.complex(values.real.mean().expand(pairs), values.imag[chosen]).expand(channels, pairs),
-        "P": (V @ P.to(C128)).expand(1, channels, pairs),
-        "B": (V @ B.to(C128)).expand(channels, pairs),
-        "C": torch.randn(channels, pairs, dtype=C128, generator=generator),
+        "w": form.w.expand(channels, pairs),
+        "P": form.P[:, None].expand(1, channels, pairs),
+        "B": form.B.expand(channels, pairs),
+        "C": torch.randn(channels, pairs, dtype=C128, generator=torch.Generator().manual_seed(0)),
         "dt": torch.logspace(-3, -1, channels, dtype=F64),
     }
     return {name: x.to(device, C64 if x.is_complex() else F32) for name, x in parameters.items()}
@@ -90,7 +80,7 @@ LONG = 16_384
 
 def test_recurrence_and_convolution_agree_over_16_384_steps(device):
     parameters = legs(device, 4, 32)
-    wide = exactly(parameters)
+    wide = exact_of(parameters)
     Abar, _ = reference.dense_model(wide["w"], wide["B"], wide["dt"], wide["P"])
     of_filter = parameters | {"C": reference.c_tilde(Abar, wide["C"], LONG).to(C64)}
     u = torch.randn(LONG, 4, generator=torch.Generator().manual_seed(1)).to(device)
@@ -146,44 +136,7 @@ def test_filters_share_the_state(device):
         assert_same_bits("states", real(one), real(pool))
 
 
-# ---- pools
-
-
-def step_and_pool(device: str, n: int = 4) -> tuple[Callable, Tensor, Tensor]:
-    """n tokens of n sequences: a call with a pool and options, the pool, the rows."""
-    parameters = model(device, 6, 4, 1, None, F32)
-    draw = Draw(ConvCase("pool", (1,) * n, 1, F32), device)
-    u = draw(n, 6, dtype=F32)
-
-    def step(pool: Tensor, **options) -> Tensor:
-        return packseq.s4_step(pool, **{"u": u, **parameters, **options})
-
-    return step, draw(n + 2, 6, 4, dtype=C64), u
-
-
-def indices(device: str, *values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
-
-
-def test_negative_indices_skip(device):
-    step, pool, _ = step_and_pool(device)
-    before, whole = pool.clone(), pool.clone()
-    expected = step(whole, indices=indices(device, 3, 5, 1, 0))
-    out = step(pool, indices=indices(device, 3, -1, 1, -(2**31)))
-    for i, slot in ((0, 3), (2, 1)):
-        assert_same_bits("out", out[i], expected[i])
-        assert_same_bits("state", real(pool[slot]), real(whole[slot]))
-    assert_same_bits("skipped", out[[1, 3]], torch.zeros_like(out[[1, 3]]))
-    assert_same_bits("untouched", real(pool[[0, 2, 4, 5]]), real(before[[0, 2, 4, 5]]))
-    assert (step(pool, indices=indices(device, -1, -1, -1, -1)) == 0).all()
-
-
-def test_without_indices_sequence_i_has_slot_i(device):
-    step, pool, _ = step_and_pool(device)
-    named = pool.clone()
-    expected = step(named, indices=indices(device, 0, 1, 2, 3))
-    assert_same_bits("out", step(pool), expected)
-    assert_same_bits("pool", real(pool), real(named))
+# ---- layouts
 
 
 def test_strides_and_lazy_conjugates_change_nothing(device):
@@ -191,58 +144,21 @@ def test_strides_and_lazy_conjugates_change_nothing(device):
     u = torch.randn(5, 6, device=device)
     pools = [torch.ones(5, 6, 4, dtype=C64, device=device) for _ in range(2)]
     expected = packseq.s4_step(pools[0], u, **parameters)
-    odd = {name: x.repeat_interleave(2, -1)[..., ::2] for name, x in parameters.items()}
+    odd = {name: every_other(x) for name, x in parameters.items()}
     odd["B"], odd["C"] = (parameters[name].conj().resolve_conj().conj() for name in ("B", "C"))
-    assert_same_bits("out", packseq.s4_step(pools[1], u.t().contiguous().t(), **odd), expected)
+    assert_same_bits("out", packseq.s4_step(pools[1], transposed(u), **odd), expected)
     assert_same_bits("pool", real(pools[1]), real(pools[0]))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_half_parameters_are_widened(device, dtype):
-    step, pool, u = step_and_pool(device)
-    other = pool.clone()
-    dt, D = torch.full((6,), 0.25, device=device), torch.ones(6, device=device)
-    expected = step(pool, u=u.to(dtype), dt=dt, D=D)
-    assert_same_bits("out", step(other, u=u.to(dtype), dt=dt.to(dtype), D=D.to(dtype)), expected)
-
-
-def test_a_step_is_seen_by_autograd(device):
-    step, pool, u = step_and_pool(device)
-    scale = torch.ones((), device=device, requires_grad=True)
-    loss = (scale * pool).abs().sum()  # saves the pool
-    step(pool)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    needs = {"u": u.clone().requires_grad_()}
-    with pytest.raises(NotImplementedError, match="there is no gradient, u must not require one"):
-        step(pool, **needs)
-    with pytest.raises(NotImplementedError, match="there is no gradient, states must not require one"):
-        step(pool.requires_grad_())
-    with torch.no_grad():
-        assert not step(pool, **needs).requires_grad
-    with torch.inference_mode():
-        step(pool.detach().clone(), **needs)
-
-
-@pytest.mark.gpu
-def test_a_captured_step_replays_with_other_indices():
-    step, pool, _ = step_and_pool("cuda")
-    before, slots = pool.clone(), indices("cuda", 0, 1, 2, 3)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(pool, indices=slots)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step(pool, indices=slots)
-    for values in ([3, 5, 1, 0], [-1, 2, -7, 4], [-1] * 4):
-        pool.copy_(before)
-        slots.copy_(torch.tensor(values))
-        graph.replay()
-        expected = before.clone()
-        assert_same_bits("out", out.clone(), step(expected, indices=slots))
-        assert_same_bits("pool", real(pool), real(expected))
+    parameters, u = model(device, 6, 4, 1, None, F32), torch.randn(4, 6, device=device).to(dtype)
+    wide = parameters | {"dt": torch.full((6,), 0.25, device=device), "D": torch.ones(6, device=device)}
+    pools = [torch.ones(4, 6, 4, dtype=C64, device=device) for _ in range(2)]
+    expected = packseq.s4_step(pools[0], u, **wide)
+    half = wide | {name: wide[name].to(dtype) for name in ("dt", "D")}
+    assert_same_bits("out", packseq.s4_step(pools[1], u, **half), expected)
+    assert_same_bits("pool", real(pools[1]), real(pools[0]))
 
 
 # ---- bad input
@@ -262,8 +178,8 @@ def good(device: str) -> dict:
     }
 
 
-def zeros(*shape: int, dtype: torch.dtype = F32) -> Callable[[Tensor], Tensor]:
-    return lambda like: torch.zeros(shape, dtype=dtype, device=like.device)
+def indices(device: str, *values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 BAD = {
@@ -326,12 +242,7 @@ BAD = {
 def test_bad_input(device, name, monkeypatch):
     monkeypatch.setenv("PACKSEQ_VALIDATE", "1")  # the CPU needs no asking
     changes, message = BAD[name]
-    arguments = good(device)
-    packseq.s4_step(**arguments)
-    for key, change in changes.items():
-        arguments[key] = change(arguments.get(key, arguments["u"])) if callable(change) else change
-    with pytest.raises(ValueError, match=f"s4_step: {message}"):
-        packseq.s4_step(**arguments)
+    assert_raises(packseq.s4_step, good(device), changes, f"s4_step: {message}")
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import packseq
 import pytest
 import scan_reference as reference
 import torch
-from compare import assert_accurate, assert_same_bits
+from compare import EXP2_ERROR, ULPS_OF_TERMS, assert_accurate, assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import boundaries, free_memory, statistics
@@ -25,14 +25,11 @@ from scan_cases import (
     ConvCase,
     ScanCase,
 )
-from scan_inputs import Tensors, conv_inputs, real, scan_inputs, with_gradients
+from scan_inputs import conv_inputs, scan_inputs
+from tensors import Tensors, exact_of, real, with_gradients
 from torch import Tensor
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-
-
-def exact_of(tensors: Tensors) -> Tensors:
-    return {name: x.to(torch.complex128 if x.is_complex() else F64) for name, x in tensors.items()}
 
 
 def exactly(function: Callable, tensors: Tensors, gradients: Tensors, total: int) -> tuple[Tensors, dict[str, float]]:
@@ -51,9 +48,6 @@ def exactly(function: Callable, tensors: Tensors, gradients: Tensors, total: int
 
 # Their dimensions where they are shared by all rows.
 PARAMETERS = {"A": 2, "B": 2, "C": 2, "D": 1, "delta_bias": 1, "weight": 2, "bias": 1}
-# Of a power of two by a GPU's special-function unit, relative (PTX manual, ex2.approx.ftz.f32). What that does to a
-# result depends on which errors meet: the real ones are between all the same and each its own.
-EXP2_ERROR = 2**-22.5
 
 
 def independent_errors(decay: Tensor) -> Tensor:
@@ -63,9 +57,6 @@ def independent_errors(decay: Tensor) -> Tensor:
 
 
 DECAY_ERRORS = [lambda decay: torch.full_like(decay.real, EXP2_ERROR), independent_errors]
-# A sum of terms that cancel keeps their rounding: so many ulps of their norm, which plain torch escapes by luck where
-# there are few sums.
-ULPS_OF_TERMS = 4
 
 
 def check(operator: str, tensors: Tensors, gradients: Tensors, options: dict, lengths) -> None:

@@ -6,29 +6,15 @@ import torch
 from compare import assert_same_bits
 from operators import boundaries
 from scan_cases import EVERYTHING, ConvCase, ScanCase
-from scan_inputs import Tensors, conv_inputs, real, scan_inputs, with_gradients
-from torch import Tensor
+from scan_inputs import conv_inputs, scan_inputs
+from tensors import LAYOUTS, laid_out, real, with_gradients
 
 F32, BF16 = torch.float32, torch.bfloat16
 
 
-def apart(x: Tensor) -> Tensor:
-    """The values of x [rows, ...] where rows are further apart than they are long."""
-    flat = x.flatten(1)
-    return torch.cat([flat.new_full((len(x), 3), torch.nan), flat, flat], 1)[:, 3 : 3 + flat.shape[1]].view_as(x)
-
-
-def transposed(x: Tensor) -> Tensor:
-    return x.movedim(0, -1).contiguous().movedim(-1, 0)
-
-
-def every_other(x: Tensor) -> Tensor:
-    return x.repeat_interleave(2, -1)[..., ::2]
-
-
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("is_complex", [False, True], ids=["real", "complex"])
-@pytest.mark.parametrize("layout", [apart, transposed, every_other], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_strides_change_nothing(device, layout, is_complex, dtype):
     for operator, inputs, case in (
         ("selective_scan", scan_inputs, ScanCase("strided", (40, 0, 9), 5, dtype, 6, 3, is_complex, **EVERYTHING)),
@@ -40,11 +26,8 @@ def test_strides_change_nothing(device, layout, is_complex, dtype):
         def call(operator=operator, cu=cu, options=options, **x):
             return getattr(packseq, operator)(**x, cu_seqlens=cu, **options, return_final_states=True)
 
-        def odd(group: Tensors) -> Tensors:
-            return {n: every_other(x) if x.dim() == 1 else layout(x) for n, x in group.items()}
-
         expected = with_gradients(call, tensors, gradients)
-        got = with_gradients(call, odd(tensors), odd(gradients))
+        got = with_gradients(call, laid_out(tensors, layout), laid_out(gradients, layout))
         for name in expected:
             assert_same_bits(name, real(got[name]), real(expected[name]))
 

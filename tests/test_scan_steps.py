@@ -1,5 +1,5 @@
-"""packseq.selective_scan_step and packseq.causal_conv1d_step: equal to the scan and the convolution, their pools of
-states; and what all of them do in CUDA graphs."""
+"""packseq.selective_scan_step and packseq.causal_conv1d_step: equal to the scan and the convolution; pools of states,
+packseq.s4_step's too; and what all of them do in CUDA graphs."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,12 +8,15 @@ import packseq
 import pytest
 import torch
 from compare import assert_same_bits
+from longconv_cases import FilterCase
+from longconv_inputs import s4_parameters
 from operators import boundaries, captured
 from scan_cases import EVERYTHING, MAMBA, ConvCase, ScanCase
 from scan_inputs import conv_inputs, scan_inputs
+from tensors import Draw, Tensors, real
 from torch import Tensor
 
-F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
+F32, BF16, F64, C64 = torch.float32, torch.bfloat16, torch.float64, torch.complex64
 
 
 def pool_and_indices(n: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -75,10 +78,12 @@ def test_a_sequence_decoded_token_by_token(device):
     torch.testing.assert_close(pool[0], state, rtol=1e-5, atol=1e-5)
 
 
-def step_calls(device: str, n: int = 4) -> list[tuple[Callable, Tensor, Tensor]]:
-    """Each step operator with n tokens of n sequences: a call with a pool (and indices), the pool, its rows."""
+def step_calls(device: str, n: int = 4) -> list[tuple[Callable, Tensor, Tensors]]:
+    """Each step operator with n tokens of n sequences: a call with a pool (and indices), the pool, its rows by name."""
     scan, _, _ = scan_inputs(ScanCase("calls", (1,) * n, 4, F32, 6, **MAMBA), device)
     conv, _, _ = conv_inputs(ConvCase("calls", (1,) * n, 4, F32, 6, bias=True), device)
+    draw = Draw(FilterCase("calls", 4, n), device)
+    s4 = {"u": draw(n, 6, dtype=F32), **s4_parameters(draw, 6, 4, 1, C64)}
 
     def scan_step(pool, **options):
         return packseq.selective_scan_step(pool, **scan | options, delta_softplus=True)
@@ -86,10 +91,13 @@ def step_calls(device: str, n: int = 4) -> list[tuple[Callable, Tensor, Tensor]]
     def conv_step(pool, **options):
         return packseq.causal_conv1d_step(pool, **conv | options)
 
-    generator = torch.Generator().manual_seed(0)
+    def s4_step(pool, **options):
+        return packseq.s4_step(pool, **s4 | options)
+
     return [
-        (scan_step, torch.randn(n + 2, 6, 4, generator=generator).to(device), scan["u"]),
-        (conv_step, torch.randn(n + 2, 6, 3, generator=generator).to(device), conv["x"]),
+        (scan_step, draw(n + 2, 6, 4, dtype=F32), {"u": scan["u"]}),
+        (conv_step, draw(n + 2, 6, 3, dtype=F32), {"x": conv["x"]}),
+        (s4_step, draw(n + 2, 6, 4, dtype=C64), {"u": s4["u"]}),
     ]
 
 
@@ -100,9 +108,9 @@ def test_negative_indices_skip(device):
         out = step(pool, indices=torch.tensor([3, -1, 1, -(2**31)], dtype=torch.int32, device=device))
         for i, slot in ((0, 3), (2, 1)):
             assert_same_bits("out", out[i], expected[i])
-            assert_same_bits("state", pool[slot], whole[slot])
+            assert_same_bits("state", real(pool[slot]), real(whole[slot]))
         assert_same_bits("skipped", out[[1, 3]], torch.zeros_like(out[[1, 3]]))
-        assert_same_bits("untouched", pool[[0, 2, 4, 5]], before[[0, 2, 4, 5]])
+        assert_same_bits("untouched", real(pool[[0, 2, 4, 5]]), real(before[[0, 2, 4, 5]]))
         everyone = step(pool, indices=torch.full((4,), -1, dtype=torch.int32, device=device))
         assert (everyone == 0).all()
 
@@ -112,17 +120,17 @@ def test_without_indices_sequence_i_has_slot_i(device):
         named = pool.clone()
         expected = step(named, indices=torch.arange(4, dtype=torch.int32, device=device))
         assert_same_bits("out", step(pool), expected)
-        assert_same_bits("pool", pool, named)
+        assert_same_bits("pool", real(pool), real(named))
 
 
 def test_a_step_is_seen_by_autograd(device):
     for step, pool, rows in step_calls(device):
         scale = torch.ones((), device=device, requires_grad=True)
-        loss = (scale * pool).sum()  # saves the pool
+        loss = real(scale * pool).sum()  # saves the pool
         step(pool)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
-        needs = {"u" if pool.shape[2] == 4 else "x": rows.clone().requires_grad_()}
+        needs = {name: x.clone().requires_grad_() for name, x in rows.items()}
         with pytest.raises(NotImplementedError, match=r"there is no gradient, [ux] must not require one"):
             step(pool, **needs)
         with pytest.raises(NotImplementedError, match="there is no gradient, states must not require one"):
@@ -162,4 +170,4 @@ def test_a_captured_step_replays_with_other_indices():
             graph.replay()
             expected = before.clone()
             assert_same_bits("out", out.clone(), step(expected, indices=indices))
-            assert_same_bits("pool", pool, expected)
+            assert_same_bits("pool", real(pool), real(expected))

@@ -129,15 +129,11 @@ def s4d_modes(A: Tensor, B: Tensor, dt: Tensor, *, discretization: str = "zoh") 
     With its C they are what :func:`long_conv` takes as ``modes``. See :func:`s4d_filter` for the arguments.
 
     Raises:
-        ValueError: ``discretization`` is neither "zoh" nor "bilinear".
+        ValueError: an argument has the wrong shape, dtype or device, or ``discretization`` is neither of the two.
     """
-    step = widened(dt)[:, None]
-    x = step * A
-    if discretization == "zoh":
-        return x, step * B * _expm1_ratio(x)
-    if discretization == "bilinear":
-        return 2 * torch.atanh(x / 2), step * B / (1 - x / 2)  # log((1 + x / 2) / (1 - x / 2)), without cancelling
-    raise ValueError(f's4d_modes: discretization must be "zoh" or "bilinear", got {discretization!r}')
+    dt = widened(dt)
+    _check_diagonal("s4d_modes", A, B, dt, discretization)
+    return _modes(A, B, dt, discretization)
 
 
 def s4d_filter(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, discretization: str = "zoh") -> Tensor:
@@ -165,8 +161,56 @@ def s4d_filter(A: Tensor, B: Tensor, C: Tensor, dt: Tensor, length: int, *, disc
 
     Sources: Gu et al., arXiv 2206.11893; Gupta et al., 2203.14343.
     """
-    x, B = s4d_modes(A, B, dt, discretization=discretization)
+    dt = widened(dt)
+    _check_diagonal("s4d_filter", A, B, dt, discretization)
+    if C.dim() not in (2, 3):
+        raise ValueError(
+            f"s4d_filter: C must be [channels, poles] or [filters, channels, poles], got shape {list(C.shape)}"
+        )
+    _check_like_A("s4d_filter: C", C, (*C.shape[:-2], *A.shape), A)
+    if length < 1:
+        raise ValueError(f"s4d_filter: length must be 1 or more, got {length}")
+    x, B = _modes(A, B, dt, discretization)
     return vandermonde_conj(C * B, x, length)
+
+
+_MOST_POLES = 1024
+
+
+def _check_diagonal(operator: str, A: Tensor, B: Tensor, dt: Tensor, discretization: str) -> None:
+    if discretization not in ("zoh", "bilinear"):
+        raise ValueError(f'{operator}: discretization must be "zoh" or "bilinear", got {discretization!r}')
+    if A.dim() != 2:
+        raise ValueError(f"{operator}: A must be [channels, poles], got shape {list(A.shape)}")
+    if A.dtype not in (torch.complex64, torch.complex128):
+        raise ValueError(f"{operator}: A must be complex64 or complex128, got {_name(A.dtype)}")
+    if not 1 <= A.shape[1] <= _MOST_POLES:
+        raise ValueError(f"{operator}: A must have between 1 and {_MOST_POLES} poles, got {A.shape[1]}")
+    _check_like_A(f"{operator}: B", B, tuple(A.shape), A)
+    real = torch.float32 if A.dtype == torch.complex64 else torch.float64  # torch.compile takes no dtype.to_real()
+    _check_like_A(f"{operator}: dt", dt, (A.shape[0],), A, real)
+
+
+def _check_like_A(what: str, x: Tensor, shape: tuple[int, ...], A: Tensor, dtype: torch.dtype | None = None) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{what} must have shape {list(shape)}, got {list(x.shape)}")
+    if x.dtype != (dtype or A.dtype):
+        of = f"{_name(A.dtype)} like A" if dtype is None else _name(dtype)
+        raise ValueError(f"{what} must be {of}, got {_name(x.dtype)}")
+    if x.device != A.device:
+        raise ValueError(f"{what} must be on {A.device} like A, got {x.device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _modes(A: Tensor, B: Tensor, dt: Tensor, discretization: str) -> tuple[Tensor, Tensor]:
+    step = dt[:, None]
+    x = step * A
+    if discretization == "zoh":
+        return x, step * B * _expm1_ratio(x)
+    return 2 * torch.atanh(x / 2), step * B / (1 - x / 2)  # log((1 + x / 2) / (1 - x / 2)), without cancelling
 
 
 class _InverseTransform(torch.autograd.Function):
