@@ -264,6 +264,15 @@ BAD = {
     "out-bias": ({"out_proj_bias": zeros(9)}, r"out_proj_bias must have shape \[10\], got \[9\]"),
     "A-is-complex": ({"A": lambda x: x.cfloat()}, "A must be real, got complex64"),
     "A-is-flat": ({"A": lambda x: x[0]}, r"A must be \[channels, states\], got shape \[8\]"),
+    "conv-channels": ({"conv_weight": lambda x: x[1:]}, r"conv_weight must have shape \[24, 4\], got \[23, 4\]"),
+    "conv-bias": ({"conv_bias": lambda x: x[1:]}, r"conv_bias must have shape \[24\], got \[23\]"),
+    "conv-bias-dtype": ({"conv_bias": lambda x: x.double()}, "conv_bias must be float32, got float64"),
+    "A-channels": ({"A": lambda x: x[1:]}, r"A must have shape \[24, 8\], got \[23, 8\]"),
+    "A-is-double": ({"A": lambda x: x.double()}, "A must be float32, got float64"),
+    "D": ({"D": lambda x: x[1:]}, r"D must have shape \[24\], got \[23\]"),
+    "D-dtype": ({"D": lambda x: x.double()}, "D must be float32, got float64"),
+    "dt-bias": ({"dt_bias": lambda x: x[1:]}, r"dt_bias must have shape \[24\], got \[23\]"),
+    "dt-bias-dtype": ({"dt_bias": lambda x: x.double()}, "dt_bias must be float32, got float64"),
 }
 # What the operators within find, by their own names.
 BAD_WITHIN = {
@@ -271,20 +280,8 @@ BAD_WITHIN = {
         {"conv_weight": lambda x: x[:, :1]},
         "causal_conv1d: weight must have a width between 2 and 8, got 1",
     ),
-    "conv-channels": (
-        {"conv_weight": lambda x: x[1:]},
-        r"causal_conv1d: weight must have shape \[24, 4\], got \[23, 4\]",
-    ),
-    "conv-bias": ({"conv_bias": lambda x: x[1:]}, r"causal_conv1d: bias must have shape \[24\], got \[23\]"),
-    "conv-bias-dtype": ({"conv_bias": lambda x: x.double()}, "causal_conv1d: bias must be float32, got float64"),
     "cu-is-long": ({"cu_seqlens": lambda x: x.long()}, "causal_conv1d: cu_seqlens must be int32, got int64"),
     "cu-values": ({"cu_seqlens": lambda x: x + 1}, "causal_conv1d: cu_seqlens must start at 0, got 1"),
-    "A-channels": ({"A": lambda x: x[1:]}, r"selective_scan: A must have shape \[24, 8\], got \[23, 8\]"),
-    "A-is-double": ({"A": lambda x: x.double()}, "selective_scan: A must be float32 or complex64, got float64"),
-    "D": ({"D": lambda x: x[1:]}, r"selective_scan: D must have shape \[24\], got \[23\]"),
-    "D-dtype": ({"D": lambda x: x.double()}, "selective_scan: D must be float32, got float64"),
-    "dt-bias": ({"dt_bias": lambda x: x[1:]}, r"selective_scan: delta_bias must have shape \[24\], got \[23\]"),
-    "dt-bias-dtype": ({"dt_bias": lambda x: x.double()}, "selective_scan: delta_bias must be float32, got float64"),
 }
 
 

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._boundaries import slack_rows
-from ._registration import _library, empty_gradient, register_autocast, register_gradient
+from ._registration import _library, empty_gradient, register_autocast, register_gradient, wide_dtype
 
 # The products within must not be cast again, and their backward may run under autocast too.
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -13,7 +13,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C
 )
 
 
-def _check(operator: str, xz, conv_weight, x_proj, dt_proj, out_proj, out_bias, A) -> None:
+def _check(operator: str, xz, conv_weight, conv_bias, x_proj, dt_proj, out_proj, out_bias, A, D, dt_bias) -> None:
     """What the operators within would call by other names; these check the rest."""
 
     def check(holds: bool, name: str, expected: str, got: object) -> None:
@@ -21,8 +21,16 @@ def _check(operator: str, xz, conv_weight, x_proj, dt_proj, out_proj, out_bias, 
             raise ValueError(f"{operator}: {name} must {expected}, got {got}")
 
     def check_like_xz(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+        check_one(name, x, shape, xz.dtype, f"{_name(xz.dtype)} like xz")
+
+    def check_parameter(name: str, x: Tensor | None, *shape: int) -> None:
+        wide = wide_dtype(xz.dtype)
+        if x is not None:
+            check_one(name, x, shape, wide, _name(wide))
+
+    def check_one(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, expected: str) -> None:
         check(tuple(x.shape) == shape, name, f"have shape {list(shape)}", list(x.shape))
-        check(x.dtype == xz.dtype, name, f"be {_name(xz.dtype)} like xz", _name(x.dtype))
+        check(x.dtype == dtype, name, f"be {expected}", _name(x.dtype))
         check(x.device == xz.device, name, f"be on {xz.device} like xz", x.device)
 
     two_rows = xz.dim() == 2 and xz.shape[1] >= 2 and xz.shape[1] % 2 == 0
@@ -33,6 +41,11 @@ def _check(operator: str, xz, conv_weight, x_proj, dt_proj, out_proj, out_bias, 
     check(conv_weight.dim() == 2, "conv_weight", "be [channels, width]", f"shape {list(conv_weight.shape)}")
     check(A.dim() == 2, "A", "be [channels, states]", f"shape {list(A.shape)}")
     check(A.is_floating_point(), "A", "be real", _name(A.dtype))
+    check_parameter("conv_weight", conv_weight, channels, conv_weight.shape[1])
+    check_parameter("conv_bias", conv_bias, channels)
+    check_parameter("A", A, channels, A.shape[1])
+    check_parameter("D", D, channels)
+    check_parameter("dt_bias", dt_bias, channels)
     check(dt_proj.dim() == 2, "dt_proj_weight", "be [channels, dt_rank]", f"shape {list(dt_proj.shape)}")
     check_like_xz("dt_proj_weight", dt_proj, (channels, dt_proj.shape[1]))
     check_like_xz("x_proj_weight", x_proj, (dt_proj.shape[1] + 2 * A.shape[1], channels))
@@ -59,7 +72,7 @@ def _scan_inputs(x_dbl: Tensor, dt_proj: Tensor, A: Tensor) -> tuple[Tensor, Ten
 def _forward(
     xz, conv_weight, conv_bias, x_proj, dt_proj, out_proj, out_bias, A, D, dt_bias, cu_seqlens, reverse=False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check("mamba_inner", xz, conv_weight, x_proj, dt_proj, out_proj, out_bias, A)
+    _check("mamba_inner", xz, conv_weight, conv_bias, x_proj, dt_proj, out_proj, out_bias, A, D, dt_bias)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         x, z = xz.chunk(2, 1)
         u = _convolved(x, conv_weight, conv_bias, cu_seqlens, reverse)
@@ -75,7 +88,7 @@ def _forward(
 def _backward(
     dout, xz, conv_weight, conv_bias, x_proj, dt_proj, out_proj, out_bias, A, D, dt_bias, cu_seqlens, reverse, x_dbl, y
 ) -> tuple[Tensor, ...]:
-    _check("mamba_inner_backward", xz, conv_weight, x_proj, dt_proj, out_proj, out_bias, A)
+    _check("mamba_inner_backward", xz, conv_weight, conv_bias, x_proj, dt_proj, out_proj, out_bias, A, D, dt_bias)
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         dout = dout.masked_fill(
             slack_rows(cu_seqlens, len(dout))[:, None], 0

@@ -57,8 +57,9 @@ class LSSL(ConvolutionLayer):
         A, B, C, dt = widened(self.A), widened(self.B), widened(self.C), widened(self.log_dt).exp()
         identity = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
         half = dt[:, None, None] / 2 * A
-        power = torch.linalg.solve(identity - half, identity + half)
-        krylov = torch.linalg.solve(identity - half, (dt[:, None] * B)[..., None])
+        # solve_ex, unlike solve, does not wait for the device to see whether it could.
+        power = torch.linalg.solve_ex(identity - half, identity + half).result
+        krylov = torch.linalg.solve_ex(identity - half, (dt[:, None] * B)[..., None]).result
         while krylov.shape[-1] < taps:  # as many again by one product, then the power for twice as many
             krylov = torch.cat([krylov, power @ krylov[..., : taps - krylov.shape[-1]]], dim=-1)
             if krylov.shape[-1] < taps:
