@@ -93,7 +93,7 @@ BAD = [
     (vandermonde, {"v": lambda x: x.imag}, "vandermonde: v must be complex64, got float32"),
     (vandermonde, {"length": 0}, "vandermonde: length must be 1 or more, got 0"),
     (transpose, {"u": lambda x: x.double()}, "vandermonde_transpose: u must be float32 or complex64, got"),
-    (transpose, {"u": lambda x: x[..., :0]}, "vandermonde_transpose: length must be 1 or more, got 0"),
+    (transpose, {"u": lambda x: x[..., :0]}, "vandermonde_transpose: u must have a last dimension of 1 or more, got 0"),
     (
         transpose,
         {"u": lambda x: x[0, 0, 0]},

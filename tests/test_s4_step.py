@@ -195,7 +195,7 @@ BAD = {
     "B-is-wide": ({"B": lambda x: x.to(C128)}, "B must be complex64, got complex128"),
     "C-is-flat": ({"C": lambda x: x.flatten()}, r"C must be \[channels, poles\] or \[filters, channels, poles\], got"),
     "C-channels": ({"C": zeros(2, 2, 4, dtype=C64)}, r"C must have shape \[2, 3, 4\], got \[2, 2, 4\]"),
-    "C-has-no-filters": ({"C": zeros(0, 3, 4, dtype=C64)}, r"C must have between 1 and 2\^31 - 1 filters, got 0"),
+    "C-has-no-filters": ({"C": zeros(0, 3, 4, dtype=C64)}, "C must have at least 1 filter, got 0"),
     "dt-shape": ({"dt": lambda x: x[:2]}, r"dt must have shape \[3\], got \[2\]"),
     "dt-is-double": ({"dt": lambda x: x.double()}, "dt must be float32, got float64"),
     "P-is-flat": ({"P": lambda x: x[0]}, r"P must be \[rank, channels, poles\], got shape \[3, 4\]"),
