@@ -9,6 +9,9 @@
 //   (not causal or j <= i')  and  (i' - window_left <= j <= i' + window_right  or  j < sink_tokens).
 // softcap(x) is c * tanh(x / c), or x where c is 0. A row that sees no key gets zeros and an lse of -inf
 // (or of the sink). Rows after the last sequence come back as zeros, lse too.
+//
+// Where a sequence's keys come in parts, every part is a call that adds to what the calls before it left (`sums`,
+// `delta`). A sequence of such a call is a run of queries beside a run of keys, and `positions` say where both begin.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -43,6 +46,10 @@ struct AttentionProblem {
   double softcap;            // 0: none
   const void* alibi_slopes;  // [heads], may be nullptr
   const void* sinks;         // [heads], may be nullptr
+
+  // [sequences, 2], each sequence's first query and first key: i' and j, and sink_tokens, count from there. nullptr:
+  // the last query stands level with the last key.
+  const int32_t* positions = nullptr;
 };
 
 struct AttentionForward {
@@ -50,6 +57,12 @@ struct AttentionForward {
   void* out;        // [total_q, heads, dim_v], contiguous
   void* lse;        // [total_q, heads]
   void* workspace;  // CUDA only: attention_forward_workspace(problem) bytes, 256-byte aligned
+
+  // Not nullptr: [total_q, heads, 2], with e a whole number in units of log 2,
+  //   out += sum_j exp(s[i, j] - e log 2) v[j]        in the statistics' type
+  //   sums = (e, sum_j exp(s[i, j] - e log 2))        (-inf, 0) before the first key
+  // where what stood there is brought to the new e, which is exact. lse and sinks are nullptr; slack rows stay.
+  void* sums = nullptr;
 };
 
 struct AttentionBackward {
@@ -63,6 +76,10 @@ struct AttentionBackward {
   void* dv;          // [total_k, kv_heads, dim_v], contiguous
   void* dsinks;      // [heads]; nullptr where sinks is
   void* workspace;   // CUDA only: attention_backward_workspace(problem) bytes, 256-byte aligned
+
+  // Not nullptr: [total_q, heads], rowsum(dout * out) - dlse. dq, dk and dv, in the statistics' type, are added to; lse
+  // is that of all keys. out, dlse, sinks and dsinks are nullptr; slack rows stay.
+  const void* delta = nullptr;
 };
 
 void attention_forward(const AttentionForward&, const Executor&);

@@ -40,14 +40,16 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
   const AttentionProblem& p = f.problem;
   const Span slack = queries_of(p, p.sequences);
   const size_t stat = p.dtype == Dtype::f64 ? 8 : 4;
-  zero_rows(f.out, slack, size_t(p.heads) * p.dim_v * size_of(p.dtype));
-  zero_rows(f.lse, slack, p.heads * stat);
+  if (!f.sums) {
+    zero_rows(f.out, slack, size_t(p.heads) * p.dim_v * size_of(p.dtype));
+    zero_rows(f.lse, slack, p.heads * stat);
+  }
 
   WorkList<Place> work;
   const int64_t rows = forward_tile_rows(p);
   for (int64_t i = 0; i < p.sequences; ++i) {
     const int64_t len_q = queries_of(p, i).size();
-    const Mask mask(p, len_q, keys_of(p, i).size());
+    const Mask mask(p, i, len_q, keys_of(p, i).size());
     const int32_t queries = queries_per_tile(p, len_q, rows);
     for (int64_t q0 = 0; q0 < len_q; q0 += queries) {
       const int32_t q1 = int32_t(q0 + queries < len_q ? q0 + queries : len_q);
@@ -59,8 +61,8 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
   const AlignedMemory scratch(workers, kernels.forward_scratch(p));
   using Piece = WorkList<Place>::Piece;
   const auto tile = [&](const Piece& x) {
-    return QueryTile{queries_of(p, x.item->sequence), keys_of(p, x.item->sequence), x.item->q0, x.item->q1,
-                     int(x.copy)};
+    const int64_t i = x.item->sequence;
+    return QueryTile{i, queries_of(p, i), keys_of(p, i), x.item->q0, x.item->q1, int(x.copy)};
   };
   work.run(executor, workers, p.kv_heads, [&](const Piece& piece, const Piece& next, int64_t worker) {
     const QueryTile after = next.item ? tile(next) : QueryTile{};
@@ -71,9 +73,11 @@ void attention_forward(const AttentionForward& f, const Executor& executor) {
 void attention_backward(const AttentionBackward& b, const Executor& executor) {
   const AttentionProblem& p = b.problem;
   const Span slack_q = queries_of(p, p.sequences), slack_k = keys_of(p, p.sequences);
-  zero_rows(b.dq, slack_q, size_t(p.heads) * p.dim * size_of(p.dtype));
-  zero_rows(b.dk, slack_k, size_t(p.kv_heads) * p.dim * size_of(p.dtype));
-  zero_rows(b.dv, slack_k, size_t(p.kv_heads) * p.dim_v * size_of(p.dtype));
+  if (!b.delta) {
+    zero_rows(b.dq, slack_q, size_t(p.heads) * p.dim * size_of(p.dtype));
+    zero_rows(b.dk, slack_k, size_t(p.kv_heads) * p.dim * size_of(p.dtype));
+    zero_rows(b.dv, slack_k, size_t(p.kv_heads) * p.dim_v * size_of(p.dtype));
+  }
 
   WorkList<int64_t> work;
   int64_t longest_k = 0;
@@ -81,7 +85,7 @@ void attention_backward(const AttentionBackward& b, const Executor& executor) {
     const int64_t len_q = queries_of(p, i).size(), len_k = keys_of(p, i).size();
     if (!len_q && !len_k) continue;
     longest_k = len_k > longest_k ? len_k : longest_k;
-    const Mask mask(p, len_q, len_k);
+    const Mask mask(p, i, len_q, len_k);
     double cost = double(len_k) * (p.dim + p.dim_v);
     for (int64_t q0 = 0; q0 < len_q; q0 += 512) {
       cost += 2.5 * tile_cost(p, mask, int32_t(q0), int32_t(q0 + 512 < len_q ? q0 + 512 : len_q));
@@ -95,7 +99,7 @@ void attention_backward(const AttentionBackward& b, const Executor& executor) {
   using Piece = WorkList<int64_t>::Piece;
   const auto sequence = [&](const Piece& x) {
     double* const parts = p.sinks ? dsinks.data() + *x.item * p.heads : nullptr;
-    return SequenceHead{queries_of(p, *x.item), keys_of(p, *x.item), int(x.copy), parts};
+    return SequenceHead{*x.item, queries_of(p, *x.item), keys_of(p, *x.item), int(x.copy), parts};
   };
   work.run(executor, workers, p.kv_heads, [&](const Piece& piece, const Piece& next, int64_t worker) {
     const SequenceHead after = next.item ? sequence(next) : SequenceHead{};

@@ -36,7 +36,7 @@ class BackwardSequence {
   // `next` is what this thread does afterwards.
   void run(const SequenceHead& h, const SequenceHead* next) {
     const int64_t len_q = h.q.size(), len_k = h.k.size();
-    const Mask mask(p_, len_q, len_k);
+    const Mask mask(p_, h.sequence, len_q, len_k);
     load_rows<T>(p_.k, h.k.begin, len_k, h.kv_head, p_.dim, k_, p_.dim, stride_);
     load_rows<T>(p_.v, h.k.begin, len_k, h.kv_head, p_.dim_v, v_, p_.dim_v, stride_v_);
     clear(dk_, len_k * stride_);
@@ -45,11 +45,13 @@ class BackwardSequence {
     for (int64_t q0 = 0; q0 < len_q; q0 += queries) {
       const QueryTile tile = tile_at(h, q0, queries);
       Prefetch prefetch;
-      prefetch_queries(prefetch, b_.dq, p_.dim, tile);
+      if (!b_.delta) prefetch_queries(prefetch, b_.dq, p_.dim, tile);
       if (tile.q1 < len_q) {
         prefetch_inputs(prefetch, tile_at(h, tile.q1, queries));
       } else {
-        prefetch_keys(prefetch, contiguous(b_.dk, p_.kv_heads, p_.dim), contiguous(b_.dv, p_.kv_heads, p_.dim_v), h);
+        if (!b_.delta) {
+          prefetch_keys(prefetch, contiguous(b_.dk, p_.kv_heads, p_.dim), contiguous(b_.dv, p_.kv_heads, p_.dim_v), h);
+        }
         if (next) prefetch_sequence(prefetch, *next);
       }
       run_tile(tile, mask, h.dsinks, prefetch);
@@ -57,8 +59,8 @@ class BackwardSequence {
     const int64_t row = h.k.begin * p_.kv_heads + h.kv_head;
     for (int64_t j = 0; j < len_k; ++j) {
       const int64_t at = row + j * p_.kv_heads;
-      store_scaled(dk_ + j * stride_, p_.dim, Real(p_.scale), static_cast<T*>(b_.dk) + at * p_.dim);
-      store_row(dv_ + j * stride_v_, p_.dim_v, static_cast<T*>(b_.dv) + at * p_.dim_v);
+      put(dk_ + j * stride_, p_.dim, Real(p_.scale), b_.dk, at);
+      put(dv_ + j * stride_v_, p_.dim_v, Real(1), b_.dv, at);
     }
   }
 
@@ -68,7 +70,7 @@ class BackwardSequence {
   }
 
   static QueryTile tile_at(const SequenceHead& h, int64_t q0, int64_t queries) {
-    return {h.q, h.k, int32_t(q0), int32_t(least(q0 + queries, h.q.size())), h.kv_head};
+    return {h.sequence, h.q, h.k, int32_t(q0), int32_t(least(q0 + queries, h.q.size())), h.kv_head};
   }
 
   // Rows of a contiguous [total_q, heads, dim] tensor.
@@ -82,7 +84,7 @@ class BackwardSequence {
     const int64_t group = p_.heads / p_.kv_heads, row = t.q.begin + t.q0, count = t.q1 - t.q0;
     prefetch_rows<T>(prefetch, p_.q, row, count, t.kv_head * group, p_.dim * group);
     prefetch_rows<T>(prefetch, b_.dout, row, count, t.kv_head * group, p_.dim_v * group);
-    prefetch_queries(prefetch, b_.out, p_.dim_v, t);
+    if (!b_.delta) prefetch_queries(prefetch, b_.out, p_.dim_v, t);
   }
 
   // As many rows as fit into the cache beside what is in use.
@@ -102,9 +104,15 @@ class BackwardSequence {
     for (int64_t i = 0; i < count; i += kWidth) store(x + i, Vec<Real>{});
   }
 
-  void store_scaled(const Real* from, int64_t n, Real factor, T* to) {
-    for (int64_t i = 0; i < n; i += kWidth) store(row_ + i, load(from + i) * factor);
-    store_row(row_, n, to);
+  // A finished row of a gradient: row `row` of a tensor of rows of n.
+  void put(const Real* from, int64_t n, Real factor, void* tensor, int64_t row) {
+    if (b_.delta) {
+      Real* const to = static_cast<Real*>(tensor) + row * n;
+      for (int64_t i = 0; i < n; ++i) to[i] += from[i] * factor;
+    } else {
+      for (int64_t i = 0; i < n; i += kWidth) store(row_ + i, load(from + i) * factor);
+      store_row(row_, n, static_cast<T*>(tensor) + row * n);
+    }
   }
 
   // About how often run_block steps on, over all blocks of a tile.
@@ -150,7 +158,7 @@ class BackwardSequence {
       for (int64_t d = 0; d < dim_v_; d += kWidth) {
         transpose(dout_ + r * stride_v_ + d, stride_v_, dout_t_ + d * lanes_ + r, lanes_);
       }
-      load_delta(t, tile, int32_t(r));
+      if (!b_.delta) load_delta(t, tile, int32_t(r));
     }
     load_statistics(t, tile, lanes, dsinks);
   }
@@ -181,7 +189,7 @@ class BackwardSequence {
 
   void load_statistics(const QueryTile& t, const TileRows<Real>& tile, int64_t lanes, double* dsinks) {
     const Real* const lse = static_cast<const Real*>(b_.lse);
-    const Real* const dlse = static_cast<const Real*>(b_.dlse);
+    const Real *const dlse = static_cast<const Real*>(b_.dlse), *const delta = static_cast<const Real*>(b_.delta);
     for (int32_t r = 0; r < lanes; ++r) {
       if (r >= tile.rows) {
         lse_[r] = offset_[r] = 0;
@@ -190,6 +198,7 @@ class BackwardSequence {
       const int64_t head = tile.head(r), at = (t.q.begin + tile.query(r)) * p_.heads + head;
       const bool empty = lse[at] == -__builtin_huge_val();
       lse_[r] = empty ? 0 : lse[at];
+      if (delta) offset_[r] = delta[at];
       if (dlse) offset_[r] -= dlse[at];
       if (dsinks && !empty) {
         const double sink = static_cast<const Real*>(p_.sinks)[head];
@@ -260,7 +269,7 @@ class BackwardSequence {
     }
     for (int32_t r = 0; r < tile.rows; ++r) {
       const int64_t at = (t.q.begin + tile.query(r)) * p_.heads + tile.head(r);
-      store_scaled(q_ + r * stride_, p_.dim, Real(p_.scale), static_cast<T*>(b_.dq) + at * p_.dim);
+      put(q_ + r * stride_, p_.dim, Real(p_.scale), b_.dq, at);
     }
   }
 

@@ -31,6 +31,20 @@ __device__ inline float row_delta(const BackwardParams& params, int64_t row, int
   return lse == INFINITY ? 0.0f : params.delta[head * params.call.problem.total_q + row];
 }
 
+// `scale` times a tile of sums into its gradient, from the tensor's row `first` on.
+template <class T>
+__device__ __forceinline__ void put(const AttentionBackward& call, const typename T::Sums& sums, float scale,
+                                    void* tensor, int64_t first, int64_t stride, int32_t rows, int dim) {
+  float* const to = static_cast<float*>(tensor) + first * dim;
+  const auto by = [&](int) { return scale; };
+  if (call.delta) {
+    T::add(
+        sums, by, [](int) { return 1.0f; }, to, stride * dim, rows, dim);
+  } else {
+    T::store(sums, by, to, stride * dim, rows, dim);
+  }
+}
+
 // Facts of a tile of queries, and of its rows.
 struct DqFacts {
   Facts facts;
@@ -86,10 +100,8 @@ class DqBlock {
       }
     }
     const int64_t first = (facts_.q_begin + facts_.first_query) * p_.heads + facts_.head, stride = p_.heads;
-    const float scale = float(p_.scale);
-    T::store(
-        dq_, [&](int) { return scale; }, static_cast<float*>(params_.call.dq) + first * p_.dim, stride * p_.dim,
-        facts_.mask.len_q - facts_.first_query, p_.dim);
+    put<T>(params_.call, dq_, float(p_.scale), params_.call.dq, first, stride, facts_.mask.len_q - facts_.first_query,
+           p_.dim);
   }
 
  private:
@@ -224,13 +236,8 @@ class DkvBlock {
   __device__ void finish() const {
     const int32_t first_key = key_facts_.first_key, rows = facts_.mask.len_k - first_key;
     const int64_t first = (facts_.k_begin + first_key) * p_.kv_heads + key_facts_.kv_head, stride = p_.kv_heads;
-    const float scale = float(p_.scale);
-    T::store(
-        dk_, [&](int) { return scale; }, static_cast<float*>(params_.call.dk) + first * p_.dim, stride * p_.dim, rows,
-        p_.dim);
-    T::store(
-        dv_, [](int) { return 1.0f; }, static_cast<float*>(params_.call.dv) + first * p_.dim_v, stride * p_.dim_v, rows,
-        p_.dim_v);
+    put<T>(params_.call, dk_, float(p_.scale), params_.call.dk, first, stride, rows, p_.dim);
+    put<T>(params_.call, dv_, 1.0f, params_.call.dv, first, stride, rows, p_.dim_v);
   }
 
   const BackwardParams& params_;
@@ -251,6 +258,7 @@ __global__ void __launch_bounds__(T::kThreads, kBlocksPerSm) dq_kernel(const __g
   if (tile.sequence < 0) return;
   const Span q = span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence);
   if (tile.sequence == p.sequences) {
+    if (params.call.delta) return;
     const int64_t begin = q.begin + int64_t(tile.block) * T::kSize, stride = int64_t(p.heads) * p.dim;
     T::store_zeros(static_cast<float*>(params.call.dq) + begin * stride + head * p.dim, stride, q.end - begin, p.dim);
     return;
@@ -279,6 +287,7 @@ __global__ void __launch_bounds__(T::kThreads, kBlocksPerSm) dkv_kernel(const __
   const int kv_head = blockIdx.x % p.kv_heads;
   if (tile.sequence < 0) return;
   if (tile.sequence == p.sequences) {
+    if (params.call.delta) return;
     const Span slack = span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence);
     const int64_t begin = slack.begin + int64_t(tile.block) * T::kSize, row = begin * p.kv_heads + kv_head;
     const int64_t rows = slack.end - begin, stride = p.kv_heads;

@@ -9,7 +9,7 @@
 
 namespace packseq {
 
-// delta = rowsum(dout * out) - dlse, and lse in units of log 2.
+// delta = rowsum(dout * out) - dlse unless the call has it, and lse in units of log 2.
 struct RowStatistics {
   AttentionBackward call;
   float* lse;    // [heads, total_q]; +inf where the row sees no key, so that exp2(s - lse) is 0
@@ -28,13 +28,14 @@ __device__ inline int64_t sequence_of(const AttentionProblem& p, int64_t row) {
   return low;
 }
 
-// Whether a row sees any key. Its lse tells, unless a sink holds that up.
-__device__ inline bool sees_key(const AttentionProblem& p, int64_t row, float lse) {
+// Whether a row sees any key. Its lse tells, unless a sink or the keys of other calls hold that up.
+__device__ inline bool sees_key(const AttentionBackward& call, int64_t row, float lse) {
+  const AttentionProblem& p = call.problem;
   if (lse == -INFINITY) return false;
-  if (!p.sinks) return true;
+  if (!p.sinks && !call.delta) return true;
   const int64_t i = sequence_of(p, row);
   const Span q = span_of(p.cu_seqlens_q, p.sequences, p.total_q, i);
-  const Mask mask(p, q.size(), span_of(p.cu_seqlens_k, p.sequences, p.total_k, i).size());
+  const Mask mask(p, i, q.size(), span_of(p.cu_seqlens_k, p.sequences, p.total_k, i).size());
   const int query = int(row - q.begin);
   return KeyBlocks(mask, query, query + 1, 1).count > 0;
 }
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kRowThreads) row_statistics_kernel(const __gri
     head[j] = item % p.heads;
   }
   float sums[kRowsAtOnce] = {};
-  for (int i = lane * kWidth; i < p.dim_v; i += kLanes * kWidth) {
+  for (int i = call.delta ? p.dim_v : lane * kWidth; i < p.dim_v; i += kLanes * kWidth) {
     uint4 x[kRowsAtOnce] = {}, y[kRowsAtOnce] = {};
 #pragma unroll
     for (int j = 0; j < kRowsAtOnce; ++j) {
@@ -100,8 +101,9 @@ __global__ void __launch_bounds__(kRowThreads) row_statistics_kernel(const __gri
     if (lane != 0 || row[j] >= rows) continue;
     const int64_t from = row[j] * p.heads + head[j], to = head[j] * p.total_q + row[j];
     const float lse = static_cast<const float*>(call.lse)[from];
+    if (call.delta) sums[j] = static_cast<const float*>(call.delta)[from];
     params.delta[to] = sums[j] - (call.dlse ? static_cast<const float*>(call.dlse)[from] : 0.0f);
-    params.lse[to] = sees_key(p, row[j], lse) ? lse * kLog2e : INFINITY;
+    params.lse[to] = sees_key(call, row[j], lse) ? lse * kLog2e : INFINITY;
   }
 }
 
@@ -126,13 +128,15 @@ __global__ void sinks_gradient_kernel(const __grid_constant__ RowStatistics para
   if (threadIdx.x == 0) static_cast<float*>(params.call.dsinks)[head] = sums[0];
 }
 
-// The float32 sums of dQ, columns in write_dq()'s order, to scale * dQ in the tensors' type.
+// The float32 sums of dQ, columns in write_dq()'s order, to scale * dQ in the tensors' type, or added in float32.
 struct StoreDq {
   AttentionBackward call;
   const float* lse;  // RowStatistics's: rows that see no key were never summed
   const float* dq;   // [heads, total_q, padded_dim]
   int padded_dim;
 };
+
+__device__ inline void add_to(float2* at, float2 x) { *at = {at->x + x.x, at->y + x.y}; }
 
 // A thread moves 16 columns of a row.
 template <class T>
@@ -148,9 +152,21 @@ __global__ void __launch_bounds__(kRowThreads) store_dq_kernel(const __grid_cons
   const int64_t row = head_row - head * p.total_q;
   uint4 low = {}, high = {};
   const bool slack = row >= span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences).begin;
-  if (!slack && params.lse[head_row] != INFINITY) {
-    const float4* sums = reinterpret_cast<const float4*>(params.dq + head_row * params.padded_dim + col);
-    const float scale = float(p.scale);
+  const bool summed = !slack && params.lse[head_row] != INFINITY;
+  const float4* sums = reinterpret_cast<const float4*>(params.dq + head_row * params.padded_dim + col);
+  const float scale = float(p.scale);
+  const int64_t at = (row * p.heads + head) * p.dim + col;
+  if (params.call.delta) {
+    float2* const to = reinterpret_cast<float2*>(static_cast<float*>(params.call.dq) + at);
+#pragma unroll
+    for (int t = 0; t < 4 && summed; ++t) {
+      const float4 x = sums[t];
+      add_to(to + t, {x.x * scale, x.y * scale});
+      if (col + 8 < p.dim) add_to(to + 4 + t, {x.z * scale, x.w * scale});
+    }
+    return;
+  }
+  if (summed) {
     uint32_t lows[4], highs[4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -161,7 +177,7 @@ __global__ void __launch_bounds__(kRowThreads) store_dq_kernel(const __grid_cons
     low = {lows[0], lows[1], lows[2], lows[3]};
     high = {highs[0], highs[1], highs[2], highs[3]};
   }
-  T* to = static_cast<T*>(params.call.dq) + (row * p.heads + head) * p.dim + col;
+  T* to = static_cast<T*>(params.call.dq) + at;
   *reinterpret_cast<uint4*>(to) = low;
   if (col + 8 < p.dim) *reinterpret_cast<uint4*>(to + 8) = high;
 }

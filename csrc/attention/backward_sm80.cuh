@@ -471,11 +471,39 @@ class BackwardBlock {
 
   // dK and dV through the keys' and values' shared memory, which nobody reads any more, to whole rows.
   __device__ void finish() const {
+    if (params_.call.delta) {
+      add(dk_, float(p_.scale), params_.call.dk, p_.dim);
+      add(dv_, 1.0f, params_.call.dv, p_.dim_v);
+      return;
+    }
     stage(dk_, shared_k_, float(p_.scale));
     stage(dv_, shared_v(), 1.0f);
     __syncthreads();
     store(params_.call.dk, shared_k_, p_.dim);
     store(params_.call.dv, shared_v(), p_.dim_v);
+  }
+
+  // To what other queries gave, in float32.
+  __device__ void add(const Accumulator& sum, float by, void* gradient, int dim) const {
+    const int first_col = half_ * kCols;
+#pragma unroll
+    for (int m = 0; m < C::kKeyTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int key = key_block_ * C::kKeys + warp_key_ + 16 * m + 8 * r + lane_ / 4;
+        if (key >= facts_.mask.len_k) continue;
+        float* const row =
+            static_cast<float*>(gradient) + ((int64_t(k_begin_) + key) * p_.kv_heads + kv_head_) * dim + lane_ % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kColTiles; ++n) {
+          const int col = first_col + 8 * n;
+          if (col >= dim) break;
+          float2* const at = reinterpret_cast<float2*>(row + col);
+          const float2 x = *at;
+          *at = {x.x + sum[m][n][2 * r] * by, x.y + sum[m][n][2 * r + 1] * by};
+        }
+      }
+    }
   }
 
   __device__ void stage(const Accumulator& sum, uint32_t tile, float by) const {
@@ -527,6 +555,7 @@ class BackwardBlock {
 template <class T, class C>
 __device__ void zero_slack_keys(const AttentionBackward& call, int block, int kv_head) {
   const AttentionProblem& p = call.problem;
+  if (call.delta) return;
   const Span slack = span_of(p.cu_seqlens_k, p.sequences, p.total_k, p.sequences);
   const auto zero = [&](void* out, int dim) {
     for (int i = threadIdx.x; i < C::kKeys * dim / 8; i += C::kThreads) {
@@ -551,7 +580,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   if (tile.sequence == p.sequences) return zero_slack_keys<T, C>(params.call, tile.block, kv_head);
   BackwardFacts& facts = *reinterpret_cast<BackwardFacts*>(shared + C::kTileBytes + C::kStatisticsBytes);
   if (threadIdx.x == 0) {
-    facts.mask = Mask(p, span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence).size(),
+    facts.mask = Mask(p, tile.sequence, span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence).size(),
                       span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence).size());
     facts.scores = Scores(p, kv_head * params.group);
   }

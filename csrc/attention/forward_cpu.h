@@ -37,7 +37,7 @@ class ForwardTile {
   // `next` is the tile that this thread does afterwards.
   void run(const QueryTile& t, const QueryTile* next) {
     const TileRows<Real> tile(p_, t);
-    const Mask mask(p_, t.q.size(), t.k.size());
+    const Mask mask(p_, t.sequence, t.q.size(), t.k.size());
     start(t, tile, mask);
     const KeyBlocks blocks(mask, t.q0, t.q1, kKeyBlock);
     for (int32_t b = 0; b < blocks.count; ++b) {
@@ -49,8 +49,9 @@ class ForwardTile {
       if (b + 1 < blocks.count) {
         prefetch_keys(prefetch, t, block_keys(mask, t, blocks[b + 1]));
       } else {
-        prefetch_rows<T>(prefetch, contiguous(f_.out, p_.heads, p_.dim_v), t.q.begin + t.q0, t.q1 - t.q0,
-                         tile.first_head, p_.dim_v * (p_.heads / p_.kv_heads));
+        const auto prefetch_out = f_.sums ? prefetch_rows<Real> : prefetch_rows<T>;
+        prefetch_out(prefetch, contiguous(f_.out, p_.heads, p_.dim_v), t.q.begin + t.q0, t.q1 - t.q0, tile.first_head,
+                     p_.dim_v * (p_.heads / p_.kv_heads));
         if (next) prefetch_tile(prefetch, *next);
       }
       const int64_t panels = (tile.rows + kPanel - 1) / kPanel;
@@ -80,7 +81,7 @@ class ForwardTile {
   void prefetch_tile(Prefetch& prefetch, const QueryTile& t) const {
     const int64_t group = p_.heads / p_.kv_heads;
     prefetch_rows<T>(prefetch, p_.q, t.q.begin + t.q0, t.q1 - t.q0, t.kv_head * group, p_.dim * group);
-    const Mask mask(p_, t.q.size(), t.k.size());
+    const Mask mask(p_, t.sequence, t.q.size(), t.k.size());
     const KeyBlocks blocks(mask, t.q0, t.q1, kKeyBlock);
     if (blocks.count > 0) prefetch_keys(prefetch, t, block_keys(mask, t, blocks[0]));
   }
@@ -229,11 +230,9 @@ class ForwardTile {
   void finish(const QueryTile& t, const TileRows<Real>& tile) {
     const int64_t padded = round_up(p_.dim_v, kWidth);
     const int64_t row = (t.q.begin + t.q0) * p_.heads + tile.first_head;
-    T* const out = static_cast<T*>(f_.out) + row * p_.dim_v;
-    Real* const lse = static_cast<Real*>(f_.lse) + row;
     for (int32_t r = 0; r < tile.rows; r += kWidth) {
       const Vec<Real> sum = load(sum_ + r);
-      const Vec<Real> inverse = sum == Real(0) ? Vec<Real>{} : Real(1) / sum;
+      const Vec<Real> inverse = f_.sums ? splat(Real(1)) : sum == Real(0) ? Vec<Real>{} : Real(1) / sum;
       const int width = panel_width(tile, r);
       const Real* panel = out_ + r / kPanel * kPanel * padded + r % kPanel;
       for (int64_t d = 0; d < padded; d += kWidth) {
@@ -245,11 +244,28 @@ class ForwardTile {
         for (int i = 0; i < kWidth; ++i) store(square_ + i * padded + d, square[i]);
       }
       for (int32_t i = r; i < r + kWidth && i < tile.rows; ++i) {
-        const int64_t at = int64_t(i % tile.queries) * p_.heads + i / tile.queries;
-        store_row(square_ + (i - r) * padded, p_.dim_v, out + at * p_.dim_v);
-        lse[at] = sum_[i] == 0 ? -__builtin_huge_val() : top_[i] * unit_ + log(sum_[i]);
+        const int64_t at = row + int64_t(i % tile.queries) * p_.heads + i / tile.queries;
+        const Real* const values = square_ + (i - r) * padded;
+        if (f_.sums) {
+          add(values, i, static_cast<Real*>(f_.out) + at * p_.dim_v, static_cast<Real*>(f_.sums) + at * 2);
+        } else {
+          store_row(values, p_.dim_v, static_cast<T*>(f_.out) + at * p_.dim_v);
+          const double lse = sum_[i] == 0 ? -__builtin_huge_val() : top_[i] * unit_ + log(sum_[i]);
+          static_cast<Real*>(f_.lse)[at] = Real(lse);
+        }
       }
     }
+  }
+
+  // A row's sums, relative to its largest score, to those of other keys, relative to a power of two.
+  void add(const Real* values, int32_t row, Real* out, Real* sums) const {
+    if (sum_[row] == 0) return;
+    const double top = double(top_[row]) * double(exponent_), level = __builtin_ceil(top);
+    const double before = sums[0], both = before > level ? before : level;
+    const Real keep = Real(__builtin_exp2(before - both)), factor = Real(__builtin_exp2(top - both));
+    for (int64_t d = 0; d < p_.dim_v; ++d) out[d] = out[d] * keep + values[d] * factor;
+    sums[0] = Real(both);
+    sums[1] = sums[1] * keep + sum_[row] * factor;
   }
 
   static PACKSEQ_INLINE double log(float x) { return __builtin_logf(x); }

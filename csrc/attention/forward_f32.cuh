@@ -36,12 +36,13 @@ struct Facts {
   int head;
 
   __device__ Facts(const AttentionProblem& p, int sequence, int32_t query, int head, int kv_head)
-      : Facts(p, span_of(p.cu_seqlens_q, p.sequences, p.total_q, sequence),
+      : Facts(p, sequence, span_of(p.cu_seqlens_q, p.sequences, p.total_q, sequence),
               span_of(p.cu_seqlens_k, p.sequences, p.total_k, sequence), query, head, kv_head) {}
 
  private:
-  __device__ Facts(const AttentionProblem& p, Span q_span, Span k_span, int32_t query, int head, int kv_head)
-      : mask(p, q_span.size(), k_span.size()),
+  __device__ Facts(const AttentionProblem& p, int sequence, Span q_span, Span k_span, int32_t query, int head,
+                   int kv_head)
+      : mask(p, sequence, q_span.size(), k_span.size()),
         scores(p, head),
         keys(mask, query, query + min(kF32Rows, mask.len_q - query), kF32Rows),
         q(p.q, q_span, head, p.dim),
@@ -82,7 +83,11 @@ class ForwardBlock {
         T::multiply(out_, probabilities_, i * T::kSliceRows, slice);
       }
     }
-    finish();
+    if (call_.sums) {
+      add();
+    } else {
+      finish();
+    }
   }
 
  private:
@@ -122,6 +127,30 @@ class ForwardBlock {
         T::score(probabilities_, i, j) = p;
       }
     }
+  }
+
+  // Adds this block's sums, relative to its rows' maxima, to those of other keys, relative to powers of two.
+  __device__ void add() {
+    const int32_t rows = facts_.mask.len_q - facts_.first_query;
+    const int64_t first = (facts_.q_begin + facts_.first_query) * p_.heads + facts_.head;
+    float keep[T::kRows], by[T::kRows];
+#pragma unroll
+    for (int i = 0; i < T::kRows; ++i) {
+      float sum = sum_[i];
+#pragma unroll
+      for (int offset = T::kAcross / 2; offset; offset /= 2) sum += __shfl_xor_sync(~0u, sum, offset);
+      float2* const sums = static_cast<float2*>(call_.sums) + first + T::row(i) * int64_t(p_.heads);
+      const bool adds = T::row(i) < rows && sum != 0.0f;
+      const float2 before = adds ? *sums : float2{};
+      __syncwarp();  // all have read what one writes
+      const float both = adds ? fmaxf(before.x, ceilf(max_[i])) : 0.0f;
+      keep[i] = adds ? exp2_approx(before.x - both) : 1.0f;
+      by[i] = adds ? exp2_approx(max_[i] - both) : 0.0f;
+      if (adds && T::across() == 0) *sums = {both, before.y * keep[i] + sum * by[i]};
+    }
+    T::add(
+        out_, [&](int i) { return by[i]; }, [&](int i) { return keep[i]; },
+        static_cast<float*>(call_.out) + first * p_.dim_v, int64_t(p_.heads) * p_.dim_v, rows, p_.dim_v);
   }
 
   // Normalises; writes the output and the log-sum-exp.
@@ -170,6 +199,7 @@ class ForwardBlock {
 template <class T>
 __device__ void zero_slack(const AttentionForward& call, int block, int head) {
   const AttentionProblem& p = call.problem;
+  if (call.sums) return;
   const Span slack = span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences);
   const int64_t begin = slack.begin + int64_t(block) * T::kSize, rows = slack.end - begin;
   const int64_t first = begin * p.heads + head, stride = p.heads;

@@ -108,7 +108,11 @@ class ForwardBlock {
       copy_async_wait<0>();
       __syncthreads();
     }
-    finish(call);
+    if (call.sums) {
+      add(call);
+    } else {
+      finish(call);
+    }
   }
 
  private:
@@ -266,6 +270,37 @@ class ForwardBlock {
     }
   }
 
+  // Adds this block's sums, relative to its rows' maxima, to those of other keys, relative to powers of two.
+  __device__ void add(const AttentionForward& call) const {
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float sum = sum_[m][r];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+        const int query = query_of(m, 2 * r);
+        const int64_t row = (int64_t(q_begin_) + query) * p_.heads + head_;
+        float2* const sums = static_cast<float2*>(call.sums) + row;
+        const bool adds = query < facts_.mask.len_q && sum != 0.0f;
+        const float2 before = adds ? *sums : float2{};
+        __syncwarp();  // all have read what one writes
+        if (!adds) continue;
+        const float top = max_[m][r] * facts_.scores.factor, both = fmaxf(before.x, ceilf(top));
+        const float keep = exp2_approx(before.x - both), by = exp2_approx(top - both);
+        if (lane_ % 4 == 0) *sums = {both, before.y * keep + sum * by};
+        float* const out = static_cast<float*>(call.out) + row * p_.dim_v + lane_ % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kOutTiles; ++n) {
+          if (8 * n >= p_.dim_v) break;
+          float2* const at = reinterpret_cast<float2*>(out + 8 * n);
+          const float2 x = *at;
+          *at = {x.x * keep + out_[m][n][2 * r] * by, x.y * keep + out_[m][n][2 * r + 1] * by};
+        }
+      }
+    }
+  }
+
   // Normalises, writes the log-sum-exp, and the output through this warp's own rows of the queries' shared memory.
   __device__ void finish(const AttentionForward& call) {
     const float* sinks = static_cast<const float*>(p_.sinks);
@@ -329,6 +364,7 @@ class ForwardBlock {
 template <class T, class C>
 __device__ void zero_slack(const AttentionForward& call, int block, int head) {
   const AttentionProblem& p = call.problem;
+  if (call.sums) return;
   const Span slack = span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences);
   const int chunks = p.dim_v / 8;
   for (int i = threadIdx.x; i < C::kQueries * chunks; i += C::kThreads) {
@@ -355,7 +391,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   ForwardBlock<T, C> block(p, facts, tile, head, shared_address(shared));
   block.load_queries(len_q);
   if (threadIdx.x == 0) {
-    const Mask mask(p, len_q, span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence).size());
+    const Mask mask(p, tile.sequence, len_q, span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence).size());
     const int first = tile.block * C::kQueries, last = min(first + C::kQueries, mask.len_q);
     facts = {mask, Scores(p, head), KeyBlocks(mask, first, last, C::kKeys), VisibleKeys(mask, first, last)};
   }

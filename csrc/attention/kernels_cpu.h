@@ -7,13 +7,15 @@ namespace packseq {
 
 // Queries q0 .. q1 of one sequence, in all the heads that share one head of k and v.
 struct QueryTile {
-  Span q, k;  // the sequence's rows
+  int64_t sequence;
+  Span q, k;  // its rows
   int32_t q0, q1;
   int kv_head;
 };
 
 // One sequence in one head of k and v, and the heads of q that share it.
 struct SequenceHead {
+  int64_t sequence;
   Span q, k;
   int kv_head;
   double* dsinks;  // [heads]: adds each head's part; nullptr where there are no sinks

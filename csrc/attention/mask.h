@@ -15,18 +15,21 @@ struct Mask {
   int32_t left;        // keys from i + shift - left on are in the window
   int32_t right;       // keys up to i + shift + right are in the window
   int32_t hard_right;  // keys beyond i + shift + hard_right are hidden whatever else holds (causal: 0)
-  int32_t sink;        // keys before this are visible outside the window too
+  int32_t sink;        // keys before this one are visible outside the window too
 
   static constexpr int32_t kFar = 1 << 30;
 
-  PACKSEQ_HOST_DEVICE Mask(const AttentionProblem& p, int64_t len_q_, int64_t len_k_)
-      : len_q(int32_t(len_q_)), len_k(int32_t(len_k_)), shift(len_k - len_q) {
+  PACKSEQ_HOST_DEVICE Mask(const AttentionProblem& p, int64_t sequence, int64_t len_q_, int64_t len_k_)
+      : len_q(int32_t(len_q_)), len_k(int32_t(len_k_)) {
+    const int32_t* const positions = p.positions ? p.positions + 2 * sequence : nullptr;
+    shift = positions ? positions[0] - positions[1] : len_k - len_q;
     const auto limit = [](int64_t w) { return w < 0 || w > kFar ? kFar : int32_t(w); };
     left = limit(p.window_left);
     right = limit(p.window_right);
     hard_right = p.causal ? 0 : kFar;
     right = right < hard_right ? right : hard_right;
-    sink = p.sink_tokens > kFar ? kFar : int32_t(p.sink_tokens);
+    const int64_t sinks = p.sink_tokens - (positions ? positions[1] : 0);
+    sink = sinks < 0 ? 0 : limit(sinks);
   }
 
   // First key, and one past the last key, that the query's window holds (before clipping to 0 .. len_k).

@@ -23,6 +23,7 @@ struct Inputs {
   double softcap;
   OptionalTensor alibi_slopes, sinks;
   std::optional<double> scale;
+  OptionalTensor positions = std::nullopt;
 
   Argument named(const char* name, const Tensor& t) const { return {op, name, t}; }
   // Of lse and everything else that goes with it.
@@ -71,6 +72,12 @@ void check_sequences(const Inputs& in) {
     check(in.k.size(0) == in.q.size(0), in.named("k", in.k), " must have q's ", in.q.size(0),
           " rows, or cu_seqlens_k must be given, got ", in.k.size(0));
   }
+  if (in.positions) {
+    const auto positions = in.named("positions", *in.positions);
+    check_shape(positions, {in.cu_seqlens.size(0) - 1, 2});
+    check_dtype(positions, ScalarType::Int);
+    check_same_device(positions, q);
+  }
 }
 
 void check_options(const Inputs& in) {
@@ -102,6 +109,7 @@ struct Ready : Inputs {
     for (Tensor* t : {&q, &k, &v}) *t = readable(*t, alignment());
     make_contiguous(alibi_slopes);
     make_contiguous(sinks);
+    make_contiguous(positions);
   }
 
   int64_t alignment() const { return q.is_cuda() ? 16 : 1; }
@@ -128,7 +136,8 @@ struct Ready : Inputs {
             .sink_tokens = sink_tokens,
             .softcap = softcap,
             .alibi_slopes = data_of(alibi_slopes),
-            .sinks = data_of(sinks)};
+            .sinks = data_of(sinks),
+            .positions = static_cast<const int32_t*>(data_of(positions))};
   }
 };
 
@@ -161,21 +170,20 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   return {out, lse};
 }
 
-void check_results(const Ready& in, const Tensor& dout, const OptionalTensor& dlse, const Tensor& out,
-                   const Tensor& lse) {
-  const auto q = in.named("q", in.q);
-  for (const auto& a : {in.named("dout", dout), in.named("out", out)}) {
-    check_shape(a, {in.q.size(0), in.q.size(1), in.v.size(2)});
-    check_same_dtype(a, q);
-    check_same_device(a, q);
-  }
-  const auto check_statistics = [&](const Argument& a) {
-    check_shape(a, {in.q.size(0), in.q.size(1)});
-    check_dtype(a, in.statistics());
-    check_same_device(a, q);
-  };
-  check_statistics(in.named("lse", lse));
-  if (dlse) check_statistics(in.named("dlse", *dlse));
+// A tensor like `out`.
+void check_like_out(const Ready& in, const char* name, const Tensor& t) {
+  const Argument a = in.named(name, t), q = in.named("q", in.q);
+  check_shape(a, {in.q.size(0), in.q.size(1), in.v.size(2)});
+  check_same_dtype(a, q);
+  check_same_device(a, q);
+}
+
+// A tensor like `lse`.
+void check_like_lse(const Ready& in, const char* name, const Tensor& t) {
+  const Argument a = in.named(name, t);
+  check_shape(a, {in.q.size(0), in.q.size(1)});
+  check_dtype(a, in.statistics());
+  check_same_device(a, in.named("q", in.q));
 }
 
 template <class Backend>
@@ -186,7 +194,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const OptionalTensor& alibi_slopes, const OptionalTensor& sinks, std::optional<double> scale) {
   const Ready in({"attention_backward", q, k, v, cu_seqlens, cu_seqlens_k, causal, window_left, window_right,
                   sink_tokens, softcap, alibi_slopes, sinks, scale});
-  check_results(in, dout_in, dlse_in, out_in, lse_in);
+  check_like_out(in, "dout", dout_in);
+  check_like_out(in, "out", out_in);
+  check_like_lse(in, "lse", lse_in);
+  if (dlse_in) check_like_lse(in, "dlse", *dlse_in);
   const Backend backend(q);
   const Tensor dout = readable(dout_in, in.alignment());
   const Tensor out = torch::stable::contiguous(out_in), lse = torch::stable::contiguous(lse_in);
@@ -210,16 +221,75 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, dsinks};
 }
 
+// A tensor that a call adds to, in the statistics' type.
+void* accumulator(const Ready& in, const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+  const Argument a = in.named(name, t);
+  check_shape(a, shape);
+  check_dtype(a, in.statistics());
+  check_same_device(a, in.named("q", in.q));
+  check(t.is_contiguous(), a, " must be contiguous");
+  return t.mutable_data_ptr();
+}
+
+template <class Backend>
+void attention_accumulate(const Tensor& q, const Tensor& k, const Tensor& v, Tensor out, Tensor sums,
+                          const Tensor& cu_seqlens, const Tensor& cu_seqlens_k, const Tensor& positions, bool causal,
+                          int64_t window_left, int64_t window_right, int64_t sink_tokens, double softcap,
+                          const OptionalTensor& alibi_slopes, std::optional<double> scale) {
+  const Ready in({"attention_accumulate", q, k, v, cu_seqlens, cu_seqlens_k, causal, window_left, window_right,
+                  sink_tokens, softcap, alibi_slopes, std::nullopt, scale, positions});
+  const int64_t rows = q.size(0), heads = q.size(1);
+  const Backend backend(q);
+  run(AttentionForward{.problem = in.problem(),
+                       .out = accumulator(in, "out", out, {rows, heads, v.size(2)}),
+                       .lse = nullptr,
+                       .workspace = nullptr,
+                       .sums = accumulator(in, "sums", sums, {rows, heads, 2})},
+      q, backend);
+}
+
+template <class Backend>
+void attention_accumulate_backward(const Tensor& dout_in, const Tensor& delta_in, const Tensor& q, const Tensor& k,
+                                   const Tensor& v, const Tensor& lse_in, Tensor dq, Tensor dk, Tensor dv,
+                                   const Tensor& cu_seqlens, const Tensor& cu_seqlens_k, const Tensor& positions,
+                                   bool causal, int64_t window_left, int64_t window_right, int64_t sink_tokens,
+                                   double softcap, const OptionalTensor& alibi_slopes, std::optional<double> scale) {
+  const Ready in({"attention_accumulate_backward", q, k, v, cu_seqlens, cu_seqlens_k, causal, window_left, window_right,
+                  sink_tokens, softcap, alibi_slopes, std::nullopt, scale, positions});
+  check_like_out(in, "dout", dout_in);
+  check_like_lse(in, "lse", lse_in);
+  check_like_lse(in, "delta", delta_in);
+  const Backend backend(q);
+  const Tensor dout = readable(dout_in, in.alignment());
+  const Tensor lse = torch::stable::contiguous(lse_in), delta = torch::stable::contiguous(delta_in);
+  run(AttentionBackward{.problem = in.problem(),
+                        .dout = packed_of(dout),
+                        .out = nullptr,
+                        .lse = lse.const_data_ptr(),
+                        .dlse = nullptr,
+                        .dq = accumulator(in, "dq", dq, {q.size(0), q.size(1), q.size(2)}),
+                        .dk = accumulator(in, "dk", dk, {k.size(0), k.size(1), k.size(2)}),
+                        .dv = accumulator(in, "dv", dv, {v.size(0), v.size(1), v.size(2)}),
+                        .dsinks = nullptr,
+                        .workspace = nullptr,
+                        .delta = delta.const_data_ptr()},
+      q, backend);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(packseq, CPU, m) {
   m.impl("attention", TORCH_BOX(&attention<Cpu>));
   m.impl("attention_backward", TORCH_BOX(&attention_backward<Cpu>));
+  m.impl("attention_accumulate", TORCH_BOX(&attention_accumulate<Cpu>));
+  m.impl("attention_accumulate_backward", TORCH_BOX(&attention_accumulate_backward<Cpu>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(packseq, CUDA, m) {
   m.impl("attention", TORCH_BOX(&attention<Cuda>));
   m.impl("attention_backward", TORCH_BOX(&attention_backward<Cuda>));
+  m.impl("attention_accumulate", TORCH_BOX(&attention_accumulate<Cuda>));
+  m.impl("attention_accumulate_backward", TORCH_BOX(&attention_accumulate_backward<Cuda>));
 }
 
 }  // namespace packseq

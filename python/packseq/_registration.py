@@ -29,9 +29,10 @@ def empty_gradient(x: Tensor | None, like: Tensor) -> Tensor:
 
 
 def register_without_gradient(operator: str) -> None:
-    """An operator that updates its first argument in place (torch.library.register_autograd takes none such)."""
+    """An operator that updates arguments in place (torch.library.register_autograd takes none such)."""
     call = getattr(torch.ops.packseq, operator).default
     names = [argument.name for argument in call._schema.arguments]
+    updated = [i for i, x in enumerate(call._schema.arguments) if x.alias_info is not None and x.alias_info.is_write]
 
     def kernel(*args):
         if torch.is_grad_enabled():
@@ -41,7 +42,7 @@ def register_without_gradient(operator: str) -> None:
                         f"{operator}: there is no gradient, {name} must not require one: detach() it, or call within "
                         "torch.no_grad()"
                     )
-        torch.autograd.graph.increment_version(args[0])
+        torch.autograd.graph.increment_version([args[i] for i in updated])
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
 

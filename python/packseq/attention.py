@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._registration import register_autocast, register_gradient
+from ._registration import register_autocast, register_gradient, register_without_gradient
 
 _ALIBI_SLOPES, _SINKS = 10, 11  # their places among the operator's arguments
 
@@ -107,6 +107,12 @@ def _(dout, dlse, q, k, v, out, lse, cu_seqlens, *options):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
 
 
+@torch.library.register_fake("packseq::attention_accumulate")
+@torch.library.register_fake("packseq::attention_accumulate_backward")
+def _(*arguments):
+    return None
+
+
 def _save(ctx, inputs, output):
     # As a slice: torch leaves out trailing arguments that are at their defaults.
     if any(ctx.needs_input_grad[_ALIBI_SLOPES : _ALIBI_SLOPES + 1]):
@@ -130,4 +136,6 @@ def _backward(ctx, dout, dlse):
 
 
 register_gradient("attention", _backward, _save)
+register_without_gradient("attention_accumulate")
+register_without_gradient("attention_accumulate_backward")
 register_autocast("attention", lambda cast, q, k, v, *rest: (cast(q), cast(k), cast(v), *rest))

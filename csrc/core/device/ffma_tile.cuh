@@ -163,6 +163,31 @@ struct FfmaTile {
   template <class F>
   __device__ __forceinline__ static void store(const Sums& sums, const F& by, float* out, int64_t stride, int32_t rows,
                                                int cols) {
+    for_each_chunk(sums, by, out, stride, rows, cols, [](int, float4* to, float4 x) { *to = x; });
+  }
+
+  // Adds them to keep(i) times what is there.
+  template <class F, class G>
+  __device__ __forceinline__ static void add(const Sums& sums, const F& by, const G& keep, float* out, int64_t stride,
+                                             int32_t rows, int cols) {
+    for_each_chunk(sums, by, out, stride, rows, cols, [&](int i, float4* to, float4 x) {
+      const float4 y = *to;
+      const float factor = keep(i);
+      *to = {y.x * factor + x.x, y.y * factor + x.y, y.z * factor + x.z, y.w * factor + x.w};
+    });
+  }
+
+  // Zeros in the first `rows` rows of a tile.
+  __device__ static void store_zeros(float* out, int64_t stride, int64_t rows, int cols) {
+    store(
+        Sums{}, [](int) { return 0.0f; }, out, stride, int32_t(rows < kSize ? rows : kSize), cols);
+  }
+
+ private:
+  // f(i, place, by(i) * sums) for every four columns of this thread's that the tensor has.
+  template <class By, class F>
+  __device__ __forceinline__ static void for_each_chunk(const Sums& sums, const By& by, float* out, int64_t stride,
+                                                        int32_t rows, int cols, const F& f) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (row(i) >= rows) continue;
@@ -171,16 +196,10 @@ struct FfmaTile {
       for (int j = 0; j < kDim / 64; ++j) {
         if (sums_col(j) >= cols) continue;
         const float* x = sums[i] + 4 * j;
-        *reinterpret_cast<float4*>(out + row(i) * stride + sums_col(j)) =
-            float4{x[0] * factor, x[1] * factor, x[2] * factor, x[3] * factor};
+        f(i, reinterpret_cast<float4*>(out + row(i) * stride + sums_col(j)),
+          float4{x[0] * factor, x[1] * factor, x[2] * factor, x[3] * factor});
       }
     }
-  }
-
-  // Zeros in the first `rows` rows of a tile.
-  __device__ static void store_zeros(float* out, int64_t stride, int64_t rows, int cols) {
-    store(
-        Sums{}, [](int) { return 0.0f; }, out, stride, int32_t(rows < kSize ? rows : kSize), cols);
   }
 };
 
