@@ -106,6 +106,25 @@ STABLE_TORCH_LIBRARY(packseq, m) {
       " -> (Tensor dxz, Tensor dconv_weight, Tensor dconv_bias, Tensor dx_proj_weight, Tensor ddt_proj_weight, "
       "Tensor dout_proj_weight, Tensor dout_proj_bias, Tensor dA, Tensor dD, Tensor ddt_bias)");
 
+  // python/packseq/ring/: group is a process group's name, key a Sharding's
+  m.def("ring_exchange(Tensor[] tensors, str group, int shift, SymInt[]? rows) -> Tensor[]");
+  m.def("all_to_all(Tensor x, str group, SymInt[] send_rows, SymInt[] recv_rows) -> Tensor");
+  m.def("ring_gather(Tensor x, Tensor key, str group, str what, int number) -> Tensor");
+  m.def("ring_sums_beyond(Tensor x, bool before) -> Tensor");
+  m.def(
+      "ring_pieces(Tensor like, Tensor key, str group, bool reverse)"
+      " -> (Tensor cu_seqlens, Tensor sequences, Tensor before)");
+  m.def(
+      "ring_attention(Tensor q, Tensor k, Tensor v, Tensor key, str group, bool causal, int window_left, "
+      "int window_right, int sink_tokens, float softcap, Tensor? alibi_slopes, Tensor? sinks, float? scale)"
+      " -> (Tensor out, Tensor lse)");
+  m.def(
+      "ring_attention_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "Tensor key, str group, bool causal, int window_left, int window_right, int sink_tokens, float softcap, "
+      "Tensor? alibi_slopes, Tensor? sinks, float? scale)"
+      " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
+  m.def("ring_gather_backward(Tensor dout, SymInt rows, Tensor key, str group, str what, int number) -> Tensor");
+
   // csrc/torch/packing.cpp; one of mask and lengths is given; places are indices (int64) or cu_seqlens (int32)
   m.def(
       "pack(Tensor padded, Tensor? mask, Tensor? lengths, SymInt? capacity=None)"

@@ -1,0 +1,29 @@
+"""Sequence parallelism: packed batches whose sequences are spread over ranks, for every mixer through one exchange.
+
+It works inside any torch.distributed job, and launches nothing itself::
+
+    sharding = packseq.ring.shard(cu_seqlens, world)            # once a step, the same on every rank
+    ids, labels = (sharding.shard(x, rank) for x in (ids, labels))
+    out = packseq.ring.ring_attention(q, k, v, sharding, causal=True)
+
+Between CPU tensors it goes over the group's own backend (Gloo), between CUDA tensors over a communicator of ours.
+"""
+
+from .attention import ring_attention
+from .exchange import all_to_all, ring_exchange
+from .gather import unshard
+from .longconv import ring_long_conv
+from .scan import ring_causal_conv1d, ring_selective_scan
+from .sharding import Sharding, shard
+
+__all__ = [
+    "Sharding",
+    "all_to_all",
+    "ring_attention",
+    "ring_causal_conv1d",
+    "ring_exchange",
+    "ring_long_conv",
+    "ring_selective_scan",
+    "shard",
+    "unshard",
+]
