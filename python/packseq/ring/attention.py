@@ -1,0 +1,248 @@
+"""Attention over sequences that are spread over ranks: a ring of keys and values, heads split within it, or both."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .._registration import _library, register_autocast, register_gradient
+from ..attention import _window
+from .attention_plan import Mask, Step, attention_plan
+from .exchange import Group, Transfer, group_of, name_of, start
+from .heads import Heads
+from .sharding import Sharding
+
+_ALIBI_SLOPES, _SINKS = 10, 11  # their places among the operator's arguments
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sharding: Sharding,
+    group: Group = None,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    sink_tokens: int = 0,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`packseq.attention` of a batch whose rows are spread over ranks; every rank calls it with its own.
+
+    In steps: at step ``s`` a rank gets from the rank ``s`` before it the keys and values that its queries see there,
+    while it computes with those of the step before. Nothing is sent that no query sees: under a causal mask that is
+    about half, and windows and whole sequences leave steps out on both ends. Of grouped heads the keys' and values'
+    travel, once. Results of the steps are added up in float32 (float64 for float64), always in the same order.
+
+    Where the sharding has ``ulysses`` ranks a shard, these exchange rows for heads before and after, so that each has
+    all of the shard's rows and a part of the heads (as even as there are heads; some have none where there are fewer).
+
+    Args:
+        q: this rank's rows, ``[rows, heads, dim]``, as :meth:`Sharding.shard` deals them out; more are slack.
+        k, v: likewise, as in :func:`packseq.attention`.
+        sharding: the same on every rank.
+        group: the ranks, as many as the sharding's: a process group, a mesh of one dimension, or None for all.
+        causal, window, sink_tokens, softcap, alibi_slopes, sinks, scale, return_lse: as in :func:`packseq.attention`,
+            places and distances counted in whole sequences.
+
+    Returns:
+        ``out [rows, heads, dim_v]`` in q's dtype, or ``(out, lse)``. The gradient of ``sinks`` is what this rank's rows
+        give; the whole one is the sum over the ranks.
+
+    Raises:
+        ValueError, NotImplementedError: as :func:`packseq.attention`.
+        RuntimeError: a rank is lost, or did not answer within the group's timeout.
+
+    Sources: Li et al., arXiv 2105.13120 (the ring); Liu et al., 2310.01889 (with an online softmax); Jacobs et al.,
+    2309.14509 (Ulysses); Fang and Zhao, 2405.07719 (both).
+    """
+    left, right = _window(window)
+    out, lse = torch.ops.packseq.ring_attention(
+        *(q, k, v, sharding.key, name_of(group), causal, left, right, sink_tokens, softcap),
+        *(alibi_slopes, sinks, scale),
+    )
+    return (out, lse) if return_lse else out
+
+
+class _Ring:
+    """One call's plan and options: what both directions share."""
+
+    def __init__(self, q, k, v, key, group, causal, left, right, sink_tokens, softcap, alibi_slopes, sinks, scale):
+        sharding, self.group = Sharding.of(key), group_of(group)
+        rank = self.group.rank()
+        if self.group.size() != sharding.world:
+            raise ValueError(
+                f"ring_attention: group must have the sharding's {sharding.world} ranks, got {self.group.size()}"
+            )
+        for name, x in (("q", q), ("k", k), ("v", v)):
+            if x.dim() != 3 or x.shape[0] < sharding.sizes[rank]:
+                raise ValueError(
+                    f"ring_attention: {name} must be [rows, heads, dim] with at least this rank's "
+                    f"{sharding.sizes[rank]} rows, got shape {list(x.shape)}"
+                )
+        self.rows = sharding.sizes[rank]
+        self.heads = Heads(sharding, self.group, q.shape[1], k.shape[1])
+        self.width = sharding.ulysses
+        mask = Mask(causal, left, right, sink_tokens, alibi_slopes is not None)
+        ring = sharding.ring
+        self.steps = ring.cached(
+            (mask, rank // self.width, q.device),
+            lambda: attention_plan(ring, mask, rank // self.width, q.device),
+        )
+        self.world, self.rank = ring.world, rank
+        slopes = None if alibi_slopes is None else alibi_slopes[self.heads.of_q]
+        scale = q.shape[2] ** -0.5 if scale is None else scale
+        self.options = (causal, left, right, sink_tokens, softcap, slopes, scale)
+
+    def peer(self, shift: int) -> int:
+        """The rank of the group that has the same heads so many shards on."""
+        shard, of_heads = divmod(self.rank, self.width)
+        return (shard + shift) % self.world * self.width + of_heads
+
+    def fetch(self, step: Step | None, k: Tensor, v: Tensor) -> tuple[Transfer | None, list[Tensor]]:
+        """Starts bringing the keys and values of a step."""
+        if step is None:
+            return None, []
+        if step.shift == 0:
+            return None, [_some(x, step.send) for x in (k, v)]
+        arriving = [x.new_empty(step.receives, *x.shape[1:]) for x in (k, v)]
+        transfer = self.transfer([_some(x, step.send) for x in (k, v)], arriving, step.shift, "keys and values")
+        return transfer, arriving
+
+    def transfer(self, sends: list[Tensor], receives: list[Tensor], shift: int, what: str) -> Transfer:
+        to, source = self.peer(shift), self.peer(-shift)
+        return start(
+            [(x, to) for x in sends], [(x, source) for x in receives], self.group, f"ring step {shift}, {what}"
+        )
+
+    def with_keys(self, k: Tensor, v: Tensor):
+        """The steps, each with its keys and values; the next step's are on their way meanwhile."""
+        coming = self.fetch(self.steps[0], k, v)
+        for step, after in zip(self.steps, [*self.steps[1:], None], strict=True):
+            transfer, keys = coming
+            if transfer:
+                transfer.wait()
+            coming = self.fetch(after, k, v)
+            yield step, keys
+
+
+def _some(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
+
+
+def _ring_attention(q, k, v, key, group, *options):
+    ring = _Ring(q, k, v, key, group, *options)
+    sinks = options[-2]
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_zeros(q.shape[:2], dtype=statistics)
+    out[ring.rows :] = 0
+
+    heads = ring.heads
+    q, k, v = heads.split([q], [k, v])
+    sums = q.new_zeros(*q.shape[:2], 2, dtype=statistics)
+    sums[..., 0] = -math.inf
+    total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=statistics)
+    for step, keys in ring.with_keys(k, v):
+        for call in step.calls if step and q.shape[1] else ():
+            torch.ops.packseq.attention_accumulate(q, *keys, total, sums, *call, *ring.options)
+    level, weight = sums.unbind(2)
+    mine = level * math.log(2) + weight.log()
+    if sinks is not None:
+        sink = sinks[heads.of_q]
+        mine, weight = torch.logaddexp(mine, sink), weight + torch.exp2(sink * (1 / math.log(2)) - level)
+    total = torch.where(sums[..., 1:] == 0, 0, total / weight[..., None]).to(q.dtype)
+    heads.join([total, mine], [], [out, lse])
+    return out, lse
+
+
+def _ring_attention_backward(dout, dlse, q, k, v, out, lse, key, group, *options):
+    ring = _Ring(q, k, v, key, group, *options)
+    sinks = options[-2]
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(2)
+    if dlse is not None:
+        delta -= dlse
+    dsinks = lse.new_empty(0)
+    if sinks is not None:
+        seen = lse[: ring.rows] > -math.inf
+        dsinks = -(torch.where(seen, (sinks - lse[: ring.rows]).exp() * delta[: ring.rows], 0)).sum(0)
+
+    heads = ring.heads
+    gradients = [x.new_zeros(x.shape) for x in (q, k, v)]
+    q, dout, lse, delta, k, v = heads.split([q, dout, lse, delta], [k, v])
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
+    returning = None  # the gradients of the step before, on their way to whom the keys and values are
+    for step, keys in ring.with_keys(k, v):
+        dkeys = [x.new_zeros(x.shape, dtype=lse.dtype) for x in keys]
+        for call in step.calls if step and q.shape[1] else ():
+            torch.ops.packseq.attention_accumulate_backward(
+                dout, delta, q, *keys, lse, dq, *dkeys, *call, *ring.options
+            )
+        _take_back(returning, dk, dv)
+        if step is None:
+            returning = None
+        elif step.shift == 0:
+            returning = None, step.send, dkeys
+        else:
+            arriving = [x.new_empty(step.sends, *x.shape[1:]) for x in dkeys]
+            returning = ring.transfer(dkeys, arriving, -step.shift, "their gradients"), step.send, arriving
+    _take_back(returning, dk, dv)
+    heads.join([dq], [dk, dv], gradients)
+    return *gradients, dsinks
+
+
+def _take_back(returning: tuple | None, dk: Tensor, dv: Tensor) -> None:
+    """Adds the gradients of keys and values that went out to those that stayed."""
+    if returning is None:
+        return
+    transfer, rows, arrived = returning
+    if transfer:
+        transfer.wait()
+    for total, part in zip((dk, dv), arrived, strict=True):
+        if rows is None:
+            total += part
+        else:
+            total[rows] += part  # no row twice
+
+
+_library.impl("ring_attention", _ring_attention, "CompositeExplicitAutograd")
+_library.impl("ring_attention_backward", _ring_attention_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("packseq::ring_attention")
+def _(q, k, v, *options):
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=statistics)
+
+
+@torch.library.register_fake("packseq::ring_attention_backward")
+def _(dout, dlse, q, k, v, out, lse, *options):
+    dsinks = lse.new_empty(0 if options[-2] is None else q.shape[1])
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dsinks
+
+
+def _save(ctx, inputs, output):
+    if any(ctx.needs_input_grad[_ALIBI_SLOPES : _ALIBI_SLOPES + 1]):
+        raise NotImplementedError("ring_attention: alibi_slopes has no gradient, it must not require one: detach() it")
+    q, k, v, key, *ctx.options, alibi_slopes, sinks, ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, *output, key, alibi_slopes, sinks)
+
+
+def _backward(ctx, dout, dlse):
+    q, k, v, out, lse, key, alibi_slopes, sinks = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv, dsinks = torch.ops.packseq.ring_attention_backward(
+        dout, dlse, q, k, v, out, lse, key, *ctx.options, alibi_slopes, sinks, ctx.scale
+    )
+    grads = [dq, dk, dv, *[None] * 10]
+    grads[_SINKS] = None if sinks is None else dsinks
+    return tuple(grads)
+
+
+register_gradient("ring_attention", _backward, _save)
+register_autocast("ring_attention", lambda cast, q, k, v, *rest: (cast(q), cast(k), cast(v), *rest))

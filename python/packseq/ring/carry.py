@@ -1,0 +1,104 @@
+"""States from piece to piece: what a sequence's earlier pieces, wherever they are, leave to its later ones."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._registration import _library
+from .exchange import Group, group_of, name_of
+from .gather import last_pieces, pieces_before
+from .sharding import Sharding
+
+
+class Pieces(NamedTuple):
+    """This rank's pieces, on the device of its rows."""
+
+    cu_seqlens: Tensor  # int32 [pieces + 1]
+    sequences: Tensor  # int64 [pieces], the sequence each is of
+    before: Tensor  # int64 [pieces], rows of the sequence before the piece; after it, in reverse
+
+
+def pieces_of(sharding: Sharding, group: Group, like: Tensor, reverse: bool) -> Pieces:
+    return Pieces(*torch.ops.packseq.ring_pieces(like, sharding.key, name_of(group), reverse))
+
+
+def carried_states(
+    finals: Tensor,
+    steps: Tensor,
+    A: Tensor,
+    pieces: Pieces,
+    sharding: Sharding,
+    group: Group,
+    initial_states: Tensor | None,
+    reverse: bool,
+) -> Tensor:
+    """The states that this rank's pieces start from, of ``h[t] = exp(d[t] A) h[t - 1] + ...``.
+
+    Args:
+        finals: the states that the pieces end with when they start from zeros, ``[pieces, channels, N]``.
+        steps: the sum of ``d`` over each piece, ``[pieces, channels]``: all of it decays by ``exp(steps * A)``.
+        A: ``[channels, N]``.
+        initial_states: those of the sequences, ``[sequences, channels, N]``; None: zeros.
+    """
+    states = torch.view_as_real(finals).flatten(2) if finals.is_complex() else finals
+    earlier = pieces_before(torch.cat([states, steps[..., None]], 2), sharding, group, reverse)
+    earlier, steps = earlier[..., :-1], earlier[..., -1]  # [pieces, most, channels, ...]
+    if finals.is_complex():
+        earlier = torch.view_as_complex(earlier.unflatten(3, (-1, 2)).contiguous())
+    after = torch.ops.packseq.ring_sums_beyond(steps, False)
+    carried = ((after[..., None] * A).exp() * earlier).sum(1)
+    if initial_states is None:
+        return carried
+    whole = steps.sum(1)
+    return carried + (whole[..., None] * A).exp() * initial_states.index_select(0, pieces.sequences)
+
+
+def states_of_sequences(
+    finals: Tensor, sharding: Sharding, group: Group, initial_states: Tensor | None, reverse: bool
+) -> Tensor:
+    """On every rank the final states of all sequences, from those of this rank's pieces: ``[sequences, ...]``. An empty
+    sequence ends as it starts."""
+    last = last_pieces(finals, sharding, group, reverse)
+    if initial_states is None:
+        return last
+    empty = (sharding.cu_seqlens.diff() == 0).to(finals.device)
+    return torch.where(empty.view(-1, *[1] * (last.dim() - 1)), initial_states, last)
+
+
+def _ring_pieces(like, key, group, reverse):
+    sharding, rank = Sharding.of(key), group_of(group).rank()
+    mine = sharding.pieces[sharding.of_rank[rank]]
+    sequences = mine[:, 1]
+    before = sharding.cu_seqlens.diff()[sequences] - mine[:, 3] if reverse else mine[:, 2]
+    cu_seqlens = sharding.local_cu_seqlens(rank, like.device)
+
+    def on_device(name: str, x: Tensor) -> Tensor:
+        return sharding.cached((name, rank, reverse, like.device), lambda: x.to(like.device))
+
+    # Copies: what an operator returns is nobody else's.
+    return tuple(x.clone() for x in (cu_seqlens, on_device("sequences", sequences), on_device("before", before)))
+
+
+def _ring_sums_beyond(x, before):
+    """Along dimension 1, of all that stands after each place, or before it."""
+    x = x if before else x.flip(1)
+    sums = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1).cumsum(1)
+    return sums if before else sums.flip(1)
+
+
+_library.impl("ring_pieces", _ring_pieces, "CompositeExplicitAutograd")
+_library.impl("ring_sums_beyond", _ring_sums_beyond, "CompositeExplicitAutograd")
+torch.library.register_fake("packseq::ring_sums_beyond", lambda x, before: torch.empty_like(x))
+torch.library.register_autograd(
+    "packseq::ring_sums_beyond",
+    lambda ctx, d: (torch.ops.packseq.ring_sums_beyond(d, not ctx.before), None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "before", inputs[1]),
+)
+
+
+@torch.library.register_fake("packseq::ring_pieces")
+def _(like, key, group, reverse):
+    pieces = torch.library.get_ctx().new_dynamic_size()
+    empty = like.new_empty
+    return (empty(pieces + 1, dtype=torch.int32), *(empty(pieces, dtype=torch.int64) for _ in range(2)))

@@ -1,0 +1,54 @@
+"""The long convolution over sequences that are spread over ranks, where the filter is a state space model's."""
+
+from torch import Tensor
+
+from .._boundaries import slack_rows
+from ..longconv import _check_modes, _scan, _wide, long_conv
+from .carry import carried_states, pieces_of, states_of_sequences
+from .exchange import Group
+from .sharding import Sharding
+
+
+def ring_long_conv(
+    u: Tensor,
+    k: Tensor,
+    modes: tuple[Tensor, Tensor, Tensor],
+    sharding: Sharding,
+    group: Group = None,
+    *,
+    D: Tensor | None = None,
+    pre_gate: Tensor | None = None,
+    gate: Tensor | None = None,
+    reverse: bool = False,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`packseq.long_conv` of a batch whose rows are spread over ranks; every rank calls it with its own.
+
+    Each rank convolves its pieces alone. What earlier pieces of a sequence leave behind is N states of the model that
+    the filter is of, whatever their length: these travel, and their response is added.
+
+    Args:
+        u, pre_gate, gate: this rank's rows, as :meth:`Sharding.shard` deals them out; more are slack.
+        k: the filter, as long as the longest piece, and what it is made of:
+        modes: ``(x, B, C)``, as in :func:`packseq.long_conv`.
+        D, reverse, return_final_states: as in :func:`packseq.long_conv`.
+        sharding, group, initial_states: as in :func:`packseq.ring.ring_selective_scan`.
+
+    Returns, Raises:
+        as :func:`packseq.ring.ring_selective_scan`.
+    """
+    _check_modes(modes, u, None)
+    pieces = pieces_of(sharding, group, u, reverse)
+    slack = slack_rows(pieces.cu_seqlens, u.shape[0])[:, None]  # NaN must not come from there
+    rows = _wide(u.masked_fill(slack, 0))
+    rows = rows if pre_gate is None else _wide(pre_gate.masked_fill(slack, 0)) * rows
+    _, finals = _scan(rows, modes, cu_seqlens=pieces.cu_seqlens, reverse=reverse)
+    steps = pieces.cu_seqlens.diff().to(rows.dtype)[:, None].expand(-1, u.shape[1])
+    states = carried_states(finals, steps, modes[0], pieces, sharding, group, initial_states, reverse)
+    options = {"D": D, "pre_gate": pre_gate, "gate": gate, "reverse": reverse, "modes": modes}
+    options |= {"initial_states": states, "return_final_states": return_final_states}
+    out = long_conv(u, k, pieces.cu_seqlens, **options)
+    if not return_final_states:
+        return out
+    return out[0], states_of_sequences(out[1], sharding, group, initial_states, reverse)
