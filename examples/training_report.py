@@ -18,6 +18,27 @@ def save_plot(
     path: Path, values: list[float], held_out: list[tuple[int, float]], title: str, unit: str, highest: float
 ) -> None:
     """What was measured, over the steps: on each batch, the running mean, and on data that are not trained on."""
+    figure, axes = _figure(path)
+    steps = range(1, len(values) + 1)
+    axes.plot(steps, values, color=GREY, linewidth=0.7, label="each batch")
+    axes.plot(steps, smoothed(values), color=COLOUR, linewidth=1.8, label="running mean")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o", color=INK, markersize=5, label="held out")
+        axes.annotate(f" {held_out[-1][1]:.2f}", held_out[-1], textcoords="offset points", xytext=(4, 6), color=INK)
+    _finish(figure, axes, path, title, unit, highest)
+
+
+def save_curves(path: Path, curves: dict[str, list[float]], title: str, unit: str) -> None:
+    """Several runs over each other: each thinner than the one before, so that all are seen."""
+    figure, axes = _figure(path)
+    for i, (label, values) in enumerate(curves.items()):
+        axes.plot(
+            range(1, len(values) + 1), values, color=(GREY, COLOUR, INK)[i % 3], linewidth=4 / (1 + i), label=label
+        )
+    _finish(figure, axes, path, title, unit)
+
+
+def _figure(path: Path):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,13 +46,12 @@ def save_plot(
 
     path.parent.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY})
-    figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
-    steps = range(1, len(values) + 1)
-    axes.plot(steps, values, color=GREY, linewidth=0.7, label="each batch")
-    axes.plot(steps, smoothed(values), color=COLOUR, linewidth=1.8, label="running mean")
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o", color=INK, markersize=5, label="held out")
-        axes.annotate(f" {held_out[-1][1]:.2f}", held_out[-1], textcoords="offset points", xytext=(4, 6), color=INK)
+    return plt.subplots(figsize=(8, 4.4), layout="constrained")
+
+
+def _finish(figure, axes, path: Path, title: str, unit: str, highest: float | None = None) -> None:
+    import matplotlib.pyplot as plt
+
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.set_ylim(0, highest)
