@@ -54,7 +54,9 @@ def on_rank(group, rank, lengths, dtype, shape, mask, spread, device) -> list[Te
     options, sinks = options_on(mask, shape, device, dtype, sinks)
 
     def rows(x: Tensor) -> Tensor:
-        return torch.cat([sharding.shard(x, rank), x.new_full((SLACK, *x.shape[1:]), torch.nan)])
+        """Further apart than they are long, as a projection's parts are."""
+        mine = torch.cat([sharding.shard(x, rank), x.new_full((SLACK, *x.shape[1:]), torch.nan)])
+        return torch.stack([mine, mine], 1)[:, 0]
 
     def call(q, k, v, sinks=None):
         return ring_attention(q, k, v, sharding, group, **options, sinks=sinks, return_lse=True)

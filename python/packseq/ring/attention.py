@@ -110,7 +110,7 @@ class _Ring:
         if step.shift == 0:
             return None, [_some(x, step.send) for x in (k, v)]
         arriving = [x.new_empty(step.receives, *x.shape[1:]) for x in (k, v)]
-        transfer = self.transfer([_some(x, step.send) for x in (k, v)], arriving, step.shift, "keys and values")
+        transfer = self.transfer([_some(x, step.send).contiguous() for x in (k, v)], arriving, step.shift, "keys and values")
         return transfer, arriving
 
     def transfer(self, sends: list[Tensor], receives: list[Tensor], shift: int, what: str) -> Transfer:
