@@ -3,6 +3,7 @@
 #include <cuda_fp16.h>
 
 #include <cstring>
+#include <limits>
 
 #include "device_array.cuh"
 #include "executors.h"
@@ -276,6 +277,22 @@ TEST_F(S4Cuda, Steps) {
         expect_right(Step<__nv_bfloat16>(c, zoh, lengths, indices), 8e-3);
       }
     }
+}
+
+// Slots that are not there, beside the pool and far from it: rows of zeros, and every other state as it was.
+TEST_F(S4Cuda, StepsWithoutASlot) {
+  const std::vector<int32_t> indices = {-1, 7, std::numeric_limits<int32_t>::max(), std::numeric_limits<int32_t>::min(),
+                                        2};
+  for (const int poles : {12, 100, 256}) {
+    const Step<float> s(S4Case(2, 5, 1, poles, 1), false, {3, 2, 1, 4, 5}, indices);
+    ASSERT_EQ(s.slots, 7);
+    expect_right(s, 2e-6);
+    const StepResult<float> got = run(s);
+    for (size_t i = 0; i < 10 * 2 * 5; ++i) ASSERT_EQ(got.out[i], 0) << "of a sequence without a state";
+    for (size_t i = 0; i < s.pool.size(); ++i) {
+      if (i / size_t(5 * poles) != 2) ASSERT_EQ(got.pool[i], s.pool[i]) << "a state of nobody";
+    }
+  }
 }
 
 TEST_F(S4Cuda, StepsOfSlowAndStillPoles) {
