@@ -80,13 +80,9 @@ const std::vector<Case>& cases() {
   return all;
 }
 
-const Case& case_of(const std::string& name) {
-  return *std::find_if(cases().begin(), cases().end(), [&](const Case& c) { return c.name == name; });
-}
-
 template <bool kBackward>
 void attention(nvbench::state& state) {
-  const Case& c = case_of(state.get_string("Case"));
+  const Case& c = find_case(cases(), state.get_string("Case"));
   const cudaStream_t stream = state.get_cuda_stream();
   const double peak = mma_peak(stream);
   DeviceMemory memory;
@@ -112,24 +108,18 @@ void attention(nvbench::state& state) {
   add_flops(state, c.flops(kBackward), peak);
 }
 
-std::vector<std::string> names() {
-  std::vector<std::string> all;
-  for (const Case& c : cases()) all.push_back(c.name);
-  return all;
-}
-
 void attention_forward_bf16(nvbench::state& state) { attention<false>(state); }
 void attention_backward_bf16(nvbench::state& state) { attention<true>(state); }
 
 // Short, so that the table takes a minute; the clock falls under such loads, which is no reason to leave runs out.
 NVBENCH_BENCH(attention_forward_bf16)
-    .add_string_axis("Case", names())
+    .add_string_axis("Case", names_of(cases()))
     .set_criterion_param_float64("min-time", 0.05)
     .set_criterion_param_float64("max-noise", 0.01)
     .set_throttle_threshold(0)
     .set_timeout(1);
 NVBENCH_BENCH(attention_backward_bf16)
-    .add_string_axis("Case", names())
+    .add_string_axis("Case", names_of(cases()))
     .set_criterion_param_float64("min-time", 0.05)
     .set_criterion_param_float64("max-noise", 0.01)
     .set_throttle_threshold(0)

@@ -1,7 +1,5 @@
 // The causal convolution on the GPU through the C++ API: GB/s, each tensor counted once, and the part of what a device
 // copy reaches.
-#include <algorithm>
-
 #include "case_lengths.h"
 #include "conv1d_cases.h"
 #include "device_memory.cuh"
@@ -25,22 +23,8 @@ const std::vector<Conv1dCase>& cases() {
   return all;
 }
 
-const Conv1dCase& case_of(const std::string& name) {
-  return *std::find_if(cases().begin(), cases().end(), [&](const Conv1dCase& c) { return c.name == name; });
-}
-
-std::vector<std::string> names() {
-  std::vector<std::string> all;
-  for (const Conv1dCase& c : cases()) all.push_back(c.name);
-  return all;
-}
-
-// Every value the same and small: what they are does not change the time.
 char* tensor(DeviceMemory& memory, const Conv1dCase& c) {
-  const int64_t bytes = c.elements() * int64_t(size_of(c.dtype));
-  char* data = memory.take<char>(bytes);
-  check_cuda(cudaMemset(data, 0x3c, size_t(bytes)), "tensor");
-  return data;
+  return constant(memory, c.elements() * int64_t(size_of(c.dtype)));
 }
 
 Conv1dProblem problem_of(const Conv1dCase& c, DeviceMemory& memory) {
@@ -49,27 +33,16 @@ Conv1dProblem problem_of(const Conv1dCase& c, DeviceMemory& memory) {
                    memory.copy(std::vector<float>(size_t(c.channels), 0.1f)));
 }
 
-template <class F>
-void measure(nvbench::state& state, double bytes, const F& run) {
-  const cudaStream_t stream = state.get_cuda_stream();
-  static const double copy_peak = measure_copy_peak(stream);
-  run(stream);  // loads the kernels
-  check_cuda(cudaStreamSynchronize(stream), "conv1d");
-  state.exec(nvbench::exec_tag::no_batch, [&](nvbench::launch& call) { run(call.get_stream()); });
-  const double rate = bytes / gpu_seconds(state);
-  add_column(state, "GB/s", rate * 1e-9);
-  add_column(state, "of device copy", rate / copy_peak, "percentage");
-}
-
 void forward(nvbench::state& state) {
-  const Conv1dCase& c = case_of(state.get_string("Case"));
+  const Conv1dCase& c = find_case(cases(), state.get_string("Case"));
   DeviceMemory memory;
   const Conv1dForward call = {.problem = problem_of(c, memory), .out = tensor(memory, c), .final_states = nullptr};
-  measure(state, c.bytes(false), [&](cudaStream_t stream) { conv1d_forward(call, stream); });
+  measure(state, [&](cudaStream_t stream) { conv1d_forward(call, stream); });
+  add_bytes(state, c.bytes(false));
 }
 
 void backward(nvbench::state& state) {
-  const Conv1dCase& c = case_of(state.get_string("Case"));
+  const Conv1dCase& c = find_case(cases(), state.get_string("Case"));
   DeviceMemory memory;
   const Conv1dProblem p = problem_of(c, memory);
   const Conv1dBackward call = {.problem = p,
@@ -80,7 +53,8 @@ void backward(nvbench::state& state) {
                                .dbias = memory.take<float>(c.channels),
                                .dinitial_states = nullptr,
                                .workspace = memory.take<char>(int64_t(conv1d_backward_workspace(p)))};
-  measure(state, c.bytes(true), [&](cudaStream_t stream) { conv1d_backward(call, stream); });
+  measure(state, [&](cudaStream_t stream) { conv1d_backward(call, stream); });
+  add_bytes(state, c.bytes(true));
 }
 
 // One token of each of many sequences: its row, and its state read and written.
@@ -95,17 +69,18 @@ void step(nvbench::state& state) {
                            .indices = nullptr,
                            .out = tensor(memory, c)};
   check_cuda(cudaMemset(call.pool, 0, size_t(states) * 2), "pool");
-  measure(state, c.bytes(false) + 2.0 * 2 * double(states), [&](cudaStream_t stream) { conv1d_step(call, stream); });
+  measure(state, [&](cudaStream_t stream) { conv1d_step(call, stream); });
+  add_bytes(state, c.bytes(false) + 2.0 * 2 * double(states));
 }
 
 NVBENCH_BENCH(forward)
     .set_name("conv1d_forward")
-    .add_string_axis("Case", names())
+    .add_string_axis("Case", names_of(cases()))
     .set_criterion_param_float64("min-time", 0.05)
     .set_timeout(1);
 NVBENCH_BENCH(backward)
     .set_name("conv1d_backward")
-    .add_string_axis("Case", names())
+    .add_string_axis("Case", names_of(cases()))
     .set_criterion_param_float64("min-time", 0.05)
     .set_timeout(1);
 NVBENCH_BENCH(step)

@@ -12,16 +12,6 @@ const std::vector<PackingCase>& cases() {
   return all;
 }
 
-const PackingCase& case_of(const std::string& name) {
-  return *std::find_if(cases().begin(), cases().end(), [&](const PackingCase& c) { return c.name == name; });
-}
-
-std::vector<std::string> names() {
-  std::vector<std::string> all;
-  for (const PackingCase& c : cases()) all.push_back(c.name);
-  return all;
-}
-
 std::vector<char> mask_of(const PackingCase& c) {
   std::vector<char> mask(size_t(c.rows()), 0);
   const std::vector<int64_t> lengths = c.lengths();
@@ -50,28 +40,16 @@ Pack prepare(const PackingCase& c, bool by_mask, DeviceMemory& memory) {
   return call;
 }
 
-// Measures `run` and compares it with a copy that moves as much. The first run loads the kernels.
-template <class F>
-void measure(nvbench::state& state, const PackingCase& c, bool is_pack, const F& run) {
-  const cudaStream_t stream = state.get_cuda_stream();
-  static const double copy_peak = measure_copy_peak(stream);
-  run(stream);
-  check_cuda(cudaStreamSynchronize(stream), "packing");
-  state.exec(nvbench::exec_tag::no_batch, [&](nvbench::launch& call) { run(call.get_stream()); });
-  const double rate = double(c.bytes(is_pack)) / gpu_seconds(state);
-  add_column(state, "GB/s", rate * 1e-9);
-  add_column(state, "of device copy", rate / copy_peak, "percentage");
-}
-
 void packing(nvbench::state& state) {
-  const PackingCase& c = case_of(state.get_string("Case"));
+  const PackingCase& c = find_case(cases(), state.get_string("Case"));
   DeviceMemory memory;
   const Pack call = prepare(c, state.get_string("By") == "mask", memory);
-  measure(state, c, true, [&](cudaStream_t stream) { pack(call, stream); });
+  measure(state, [&](cudaStream_t stream) { pack(call, stream); });
+  add_bytes(state, double(c.bytes(true)));
 }
 
 void unpacking(nvbench::state& state) {
-  const PackingCase& c = case_of(state.get_string("Case"));
+  const PackingCase& c = find_case(cases(), state.get_string("Case"));
   DeviceMemory memory;
   const Pack packed = prepare(c, false, memory);
   pack(packed, nullptr);
@@ -85,18 +63,19 @@ void unpacking(nvbench::state& state) {
                        .tokens = packed.tokens,
                        .padded = memory.take<char>(c.rows() * c.row_bytes),
                        .fill = nullptr};
-  measure(state, c, false, [&](cudaStream_t stream) { unpack(call, stream); });
+  measure(state, [&](cudaStream_t stream) { unpack(call, stream); });
+  add_bytes(state, double(c.bytes(false)));
 }
 
 NVBENCH_BENCH(packing)
     .set_name("pack")
-    .add_string_axis("Case", names())
+    .add_string_axis("Case", names_of(cases()))
     .add_string_axis("By", {"mask", "lengths"})
     .set_criterion_param_float64("min-time", 0.05)
     .set_timeout(1);
 NVBENCH_BENCH(unpacking)
     .set_name("unpack")
-    .add_string_axis("Case", names())
+    .add_string_axis("Case", names_of(cases()))
     .add_string_axis("By", {"indices", "cu_seqlens"})
     .set_criterion_param_float64("min-time", 0.05)
     .set_timeout(1);

@@ -1,6 +1,5 @@
 // The selective scan on the GPU through the C++ API: milliseconds, steps (a state of a channel at a token) a second,
 // and the part of what one exp2 a step leaves possible.
-#include <algorithm>
 #include <cstring>
 #include <string>
 
@@ -12,14 +11,8 @@
 namespace packseq::bench {
 namespace {
 
-ScanCase case_of(const std::string& name) {
-  const std::vector<ScanCase> all = scan_cases();
-  return *std::find_if(all.begin(), all.end(), [&](const ScanCase& s) { return s.name == name; });
-}
-
-std::vector<std::string> names() {
-  std::vector<std::string> all;
-  for (const ScanCase& s : scan_cases()) all.push_back(s.name);
+const std::vector<ScanCase>& cases() {
+  static const std::vector<ScanCase> all = scan_cases();
   return all;
 }
 
@@ -80,29 +73,27 @@ double exp2_rate() {
 }
 
 template <class F>
-void measure(nvbench::state& state, const ScanCase& s, const F& run) {
-  run(state.get_cuda_stream());  // loads the kernels
-  check_cuda(cudaStreamSynchronize(state.get_cuda_stream()), "scan");
-  state.exec(nvbench::exec_tag::no_batch, [&](nvbench::launch& call) { run(call.get_stream()); });
+void measure_steps(nvbench::state& state, const ScanCase& s, const F& run) {
+  measure(state, run);
   const double rate = s.steps() / gpu_seconds(state);
-  add_column(state, "ms", gpu_seconds(state) * 1e3);
+  add_milliseconds(state);
   add_column(state, "Gsteps/s", rate * 1e-9);
   add_column(state, "of exp2 rate", rate / exp2_rate(), "percentage");
 }
 
 void forward(nvbench::state& state) {
-  const ScanCase s = case_of(state.get_string("Case"));
+  const ScanCase& s = find_case(cases(), state.get_string("Case"));
   DeviceMemory memory;
   const ScanProblem p = problem_of(s, memory);
   const ScanForward call = {.problem = p,
                             .out = memory.take<char>(s.elements() * int64_t(size_of(s.dtype))),
                             .final_states = memory.take<float>(p.sequences * s.channels * s.states),
                             .workspace = memory.take<char>(int64_t(scan_forward_workspace(p)))};
-  measure(state, s, [&](cudaStream_t stream) { scan_forward(call, stream); });
+  measure_steps(state, s, [&](cudaStream_t stream) { scan_forward(call, stream); });
 }
 
 void backward(nvbench::state& state) {
-  const ScanCase s = case_of(state.get_string("Case"));
+  const ScanCase& s = find_case(cases(), state.get_string("Case"));
   DeviceMemory memory;
   const ScanProblem p = problem_of(s, memory);
   const int64_t item = int64_t(size_of(s.dtype)), matrix = s.total() * s.states * item;
@@ -119,7 +110,7 @@ void backward(nvbench::state& state) {
                              .ddelta_bias = memory.take<float>(s.channels),
                              .dinitial_states = nullptr,
                              .workspace = memory.take<char>(int64_t(scan_backward_workspace(p)))};
-  measure(state, s, [&](cudaStream_t stream) { scan_backward(call, stream); });
+  measure_steps(state, s, [&](cudaStream_t stream) { scan_backward(call, stream); });
 }
 
 // One token of each of many sequences: the share of a device copy's rate that the states' bytes reach.
@@ -134,21 +125,18 @@ void step(nvbench::state& state) {
                          .indices = nullptr,
                          .out = memory.take<char>(s.elements() * 2)};
   check_cuda(cudaMemset(call.pool, 0, size_t(states) * sizeof(float)), "pool");
-  static const double copy_peak = measure_copy_peak(state.get_cuda_stream());
-  measure(state, s, [&](cudaStream_t stream) { scan_step(call, stream); });
-  const double bytes = 2.0 * sizeof(float) * double(states) + 4.0 * 2 * double(s.elements());
-  add_column(state, "GB/s", bytes / gpu_seconds(state) * 1e-9);
-  add_column(state, "of device copy", bytes / gpu_seconds(state) / copy_peak, "percentage");
+  measure_steps(state, s, [&](cudaStream_t stream) { scan_step(call, stream); });
+  add_bytes(state, 2.0 * sizeof(float) * double(states) + 4.0 * 2 * double(s.elements()));
 }
 
 NVBENCH_BENCH(forward)
     .set_name("scan_forward")
-    .add_string_axis("Case", names())
+    .add_string_axis("Case", names_of(cases()))
     .set_criterion_param_float64("min-time", 0.05)
     .set_timeout(1);
 NVBENCH_BENCH(backward)
     .set_name("scan_backward")
-    .add_string_axis("Case", names())
+    .add_string_axis("Case", names_of(cases()))
     .set_criterion_param_float64("min-time", 0.05)
     .set_timeout(1);
 NVBENCH_BENCH(step)

@@ -33,6 +33,13 @@ class DeviceMemory {
   std::vector<std::unique_ptr<void, Free>> held_;
 };
 
+// Every value of every type the same and small: for kernels whose time does not depend on what the values are.
+inline char* constant(DeviceMemory& memory, int64_t bytes) {
+  char* const data = memory.take<char>(bytes);
+  check_cuda(cudaMemset(data, 0x3c, size_t(bytes)), "benchmark memory");
+  return data;
+}
+
 // Median seconds of what f() puts on the stream.
 template <class F>
 double median_seconds(cudaStream_t stream, const F& f) {

@@ -19,7 +19,7 @@ from packseq.nn import MambaConfig, MambaLM
 from search_report import progress
 from source_code import functions
 from torch import Tensor
-from training import Run, add_run_options, name_of, resume_from, settle, train
+from training import Run, add_by_device, name_of, require, resume_from, run_parser, settle, train
 from training_report import save_plot
 
 END = 0  # the byte that stands before a document, and after it: no text has it
@@ -178,23 +178,15 @@ def write(trainer: Trainer, length: int) -> Iterator[str]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--steps", type=int, metavar="N", help="of the optimizer (CPU: 400, GPU: 2000)")
-    parser.add_argument(
-        "--batch-tokens", type=int, metavar="N", help="at most so many in a batch (CPU: 4096, GPU: 65536)"
-    )
+    parser = run_parser(__doc__, "demo/train_mamba")
+    add_by_device(parser, "--batch-tokens", 4096, 65536, "at most so many in a batch")
     parser.add_argument("--longest", type=int, default=2048, metavar="N", help="documents are cut there (%(default)s)")
-    parser.add_argument("--d-model", type=int, metavar="N", help="width of the model (CPU: 128, GPU: 512)")
-    parser.add_argument("--layers", type=int, metavar="N", help="(CPU: 4, GPU: 12)")
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="its peak (CPU: 4e-3, GPU: 1e-3)")
-    add_run_options(parser, "demo/train_mamba")
+    add_by_device(parser, "--d-model", 128, 512, "width of the model")
+    add_by_device(parser, "--layers", 4, 12, "of the model")
+    add_by_device(parser, "--learning-rate", 4e-3, 1e-3, "its peak")
     parser.add_argument("--sample", type=int, default=300, metavar="N", help="bytes to generate (%(default)s)")
-    options = parser.parse_args(arguments)
-    defaults = {"steps": (400, 2000), "batch_tokens": (4096, 65536), "d_model": (128, 512), "layers": (4, 12)}
-    least = {"steps": 1, "longest": 2, "batch_tokens": options.longest, "save_every": 1, "d_model": 1, "layers": 1}
-    settle(parser, options, defaults | {"learning_rate": (4e-3, 1e-3)}, least)
+    options = settle(parser, arguments)
+    require(parser, options, longest=2, batch_tokens=options.longest, d_model=1, layers=1)
     return options
 
 

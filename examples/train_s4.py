@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from packseq.nn import H3, S4, S4D, mean_pool
 from shapes import CLASSES, LONGEST, Pictures, draw
 from torch import Tensor, nn
-from training import Run, add_run_options, name_of, resume_from, settle, train
+from training import Run, add_by_device, name_of, require, resume_from, run_parser, settle, train
 from training_report import save_plot
 
 LAYERS = {"s4": S4, "s4d": S4D, "h3": H3}
@@ -92,22 +92,15 @@ def recent(trainer: Trainer) -> str:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = run_parser(__doc__, "demo/train_s4")
     parser.add_argument("--layer", choices=LAYERS, default="s4", help="what the model is made of (%(default)s)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of the optimizer (CPU: 400, GPU: 2000)")
-    parser.add_argument("--pictures", type=int, metavar="N", help="in a batch (CPU: 16, GPU: 64)")
-    parser.add_argument("--d-model", type=int, metavar="N", help="width of the model (CPU: 64, GPU: 128)")
-    parser.add_argument("--layers", type=int, metavar="N", help="(CPU: 2, GPU: 4)")
-    parser.add_argument("--learning-rate", type=float, default=5e-3, metavar="X", help="its peak (%(default)s)")
+    add_by_device(parser, "--pictures", 16, 64, "in a batch")
+    add_by_device(parser, "--d-model", 64, 128, "width of the model")
+    add_by_device(parser, "--layers", 2, 4, "of the model")
+    parser.add_argument("--learning-rate", type=float, default=5e-3, metavar="N", help="its peak (%(default)s)")
     parser.add_argument("--tests", type=int, default=256, metavar="N", help="pictures to test with (%(default)s)")
-    add_run_options(parser, "demo/train_s4")
-    options = parser.parse_args(arguments)
-    defaults = {"steps": (400, 2000), "pictures": (16, 64), "d_model": (64, 128), "layers": (2, 4)}
-    settle(
-        parser, options, defaults, dict.fromkeys(("steps", "pictures", "d_model", "layers", "tests", "save_every"), 1)
-    )
+    options = settle(parser, arguments)
+    require(parser, options, pictures=1, d_model=1, layers=1, tests=1)
     return options
 
 

@@ -122,8 +122,18 @@ def train(run: Run, evaluate: Callable[[], None], note: Callable[[], str]) -> bo
     return not interrupt.came
 
 
-def add_run_options(parser: argparse.ArgumentParser, folder: str) -> None:
-    """Those of every run."""
+def add_by_device(parser: argparse.ArgumentParser, flag: str, cpu: float, gpu: float, what: str) -> None:
+    """A number whose default depends on the device: a pair, of which settle() leaves one."""
+    what += f" (CPU: {cpu:g}, GPU: {gpu:g})"
+    parser.add_argument(flag, type=type(cpu), default=(cpu, gpu), metavar="N", help=what)
+
+
+def run_parser(description: str, folder: str) -> argparse.ArgumentParser:
+    """A parser with the options of every run."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add_by_device(parser, "--steps", 400, 2000, "of the optimizer")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, order and drawing (%(default)s)")
     parser.add_argument("--device", type=torch.device, help="cpu or cuda (cuda where there is a GPU)")
     parser.add_argument("--folder", type=Path, default=Path(folder), help="for results (%(default)s)")
@@ -132,22 +142,24 @@ def add_run_options(parser: argparse.ArgumentParser, folder: str) -> None:
     )
     parser.add_argument("--stop-at", type=int, metavar="N", help="stop after step N, to be resumed")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the folder")
+    return parser
 
 
-def settle(
-    parser: argparse.ArgumentParser,
-    options: argparse.Namespace,
-    defaults: dict[str, tuple[object, object]],
-    least: dict[str, int],
-) -> None:
-    """The device, what depends on it (defaults for the CPU and for a GPU), and whether numbers are large enough."""
+def settle(parser: argparse.ArgumentParser, arguments: list[str] | None) -> argparse.Namespace:
+    """The options, with the device and what depends on it."""
+    options = parser.parse_args(arguments)
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for name, values in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, values[options.device.type == "cuda"])
+    for name, value in vars(options).items():
+        if isinstance(value, tuple):
+            setattr(options, name, value[options.device.type == "cuda"])
     if options.stop_at is None:
         options.stop_at = options.steps
-    for name, bound in (least | {"stop_at": 1}).items():
+    return options
+
+
+def require(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: int) -> None:
+    """Ends the program where a number is too small, of these or of every run's."""
+    for name, bound in {"steps": 1, "save_every": 1, "stop_at": 1, **least}.items():
         if getattr(options, name) < bound:
             flag = f"--{name.replace('_', '-')}"
             parser.error(f"{flag} must be at least {bound}, got {getattr(options, name)}")

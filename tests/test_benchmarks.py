@@ -10,8 +10,8 @@ _FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 def _load(name: str):
-    spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", _FOLDER / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
 
@@ -54,3 +54,17 @@ def test_packing_cases():
         assert len(case.lengths) == case.batch
         assert all(0.2 * case.length <= n <= case.length for n in case.lengths)
         assert sum(case.lengths) == pytest.approx(0.6 * case.batch * case.length, rel=0.05)
+
+
+def test_longconv_cases():
+    cases = _load("longconv_cases").longconv_cases()
+    assert [(c.name, len(c.lengths), c.longest) for c in cases] == [
+        ("B128xL1024", 128, 1024),
+        ("B32xL4096", 32, 4096),
+        ("B8xL16384", 8, 16384),
+        ("B2xL65536", 2, 65536),
+        ("ragged1k", 129, 3160),
+        ("ragged4k", 31, 16384),
+    ]
+    assert all((c.channels, c.total) == (768, 131072) for c in cases)
+    assert [c.equal_lengths for c in cases] == [True] * 4 + [False] * 2

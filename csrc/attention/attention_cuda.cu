@@ -11,6 +11,7 @@
 #include "attention/backward_rows.cuh"
 #include "core/check.h"
 #include "core/dispatch.h"
+#include "core/divide_up.h"
 #include "core/launch.h"
 #include "core/schedule.h"
 #include "core/shared_memory.h"
@@ -109,13 +110,11 @@ void dispatch_half(const AttentionProblem& p, const F& f) {
   });
 }
 
-int64_t blocks_of(int64_t each, int64_t items) { return (items + each - 1) / each; }
-
 template <class T>
 void row_statistics(const RowStatistics& rows, cudaStream_t stream) {
   const AttentionProblem& p = rows.call.problem;
   launch("attention row statistics", row_statistics_kernel<T>,
-         blocks_of(kRowThreads / 8 * kRowsAtOnce, p.total_q * p.heads), kRowThreads, 0, stream, rows);
+         divide_up(p.total_q * p.heads, kRowThreads / 8 * kRowsAtOnce), kRowThreads, 0, stream, rows);
 }
 
 }  // namespace
@@ -150,7 +149,7 @@ void attention_backward(const AttentionBackward& call, cudaStream_t stream) {
       row_statistics<T>(rows, stream);
       const sm80::BackwardScratch scratch = {.lse = work.lse, .delta = work.delta, .dq = work.dq, .turns = work.turns};
       sm80::backward<T, dim>(call, scratch, work.small, work.keys.tiles, work.keys.places, stream);
-      launch("attention dq", store_dq_kernel<T>, blocks_of(kRowThreads, p.heads * p.total_q * (dim / 16)), kRowThreads,
+      launch("attention dq", store_dq_kernel<T>, divide_up(p.heads * p.total_q * (dim / 16), kRowThreads), kRowThreads,
              0, stream, {.call = call, .lse = work.lse, .dq = work.dq, .padded_dim = dim});
     });
   }

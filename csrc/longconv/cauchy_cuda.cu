@@ -1,6 +1,7 @@
 // Cauchy sums on the GPU, host side: how work is cut, and the sums of the blocks' shares of gradients.
 #include "core/check.h"
 #include "core/dispatch.h"
+#include "core/divide_up.h"
 #include "core/workspace.h"
 #include "longconv/cauchy_backward.cuh"
 
@@ -25,8 +26,6 @@ __global__ void __launch_bounds__(kSumThreads) sum_complex_shares_kernel(const _
   s.sums[i] = sum;
 }
 
-int64_t parts_of(int64_t count, int64_t part) { return (count + part - 1) / part; }
-
 // f(constant<groups at a time>).
 template <class F>
 void with_groups(int64_t groups, const F& f) {
@@ -48,7 +47,7 @@ CauchySums sums_of(const CauchyProblem& p, int64_t tile) {
           .nodes = p.nodes,
           .poles = p.poles,
           .conjugate = p.conjugate,
-          .tiles = parts_of(p.nodes, tile)};
+          .tiles = divide_up(p.nodes, tile)};
 }
 
 struct CauchyShares {
@@ -58,9 +57,9 @@ struct CauchyShares {
 
 CauchyShares take_shares(Workspace& pieces, const CauchyProblem& p, bool wants_dz) {
   CauchyShares shares = {};
-  with_groups(p.groups, [&](auto groups) { shares.tiles = parts_of(p.nodes, CauchyBackwardTile<groups>::kSize); });
+  with_groups(p.groups, [&](auto groups) { shares.tiles = divide_up(p.nodes, CauchyBackwardTile<groups>::kSize); });
   if (p.groups == 0) shares.tiles = 0;
-  shares.row_shares = wants_dz ? parts_of(p.rows, kShareRows) : 0;
+  shares.row_shares = wants_dz ? divide_up(p.rows, kShareRows) : 0;
   shares.dv = pieces.take<Complex>(shares.tiles * p.groups * p.rows * p.poles);
   shares.dw = pieces.take<Complex>(shares.tiles * p.rows * p.poles);
   shares.dz = pieces.take<Complex>(shares.row_shares * p.nodes);
@@ -69,7 +68,7 @@ CauchyShares take_shares(Workspace& pieces, const CauchyProblem& p, bool wants_d
 
 void sum_shares(const Complex* shares, void* sums, int64_t count, int64_t size, cudaStream_t stream) {
   if (!sums) return;
-  launch("cauchy backward: sums", sum_complex_shares_kernel, parts_of(size, kSumThreads), kSumThreads, 0, stream,
+  launch("cauchy backward: sums", sum_complex_shares_kernel, divide_up(size, kSumThreads), kSumThreads, 0, stream,
          {.shares = shares, .sums = static_cast<Complex*>(sums), .count = count, .size = size});
 }
 

@@ -22,7 +22,7 @@
 
 namespace packseq {
 
-inline constexpr int kMostPoles = 1024;
+inline constexpr int kMostPoles = 1024, kMostRank = 2;
 
 struct CauchyProblem {
   Dtype real;  // f32; f64 on the CPU only
@@ -94,7 +94,7 @@ struct VandermondeTransposeBackward {
 //
 // so that irfft(out) is k[l] = Cbar Abar^l Bbar for l < length, if C is the C (I - Abar^length) that 2111.00396 calls
 // C tilde. Poles, P, B and C hold one of each conjugate pair. Finite at every frequency, o = -1 too. `rank` is the
-// number of columns of P: 0 (diagonal), 1 or 2. Source: 2111.00396, appendix C.3.
+// number of columns of P: 0 (diagonal) to kMostRank. Source: 2111.00396, appendix C.3.
 struct S4Problem {
   Dtype real;
   int64_t filters;  // g: how many C share the rest

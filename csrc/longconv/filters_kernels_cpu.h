@@ -52,7 +52,7 @@ struct VandermondeMoments {
 // ---- S4: filters go a few at a time, with the columns of P they share. Rows of sums are B and the columns of P;
 // columns of sums are C and the conjugate columns of P.
 
-constexpr int kFilterRun = 4, kMostRank = 2;
+constexpr int kFilterRun = 4;
 
 struct S4Sums {
   PACKSEQ_HOST_DEVICE static int columns(const S4Problem& p, int64_t filters) { return int(filters) + p.rank; }

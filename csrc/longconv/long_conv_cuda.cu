@@ -8,14 +8,10 @@
 // The gradient of the input is the convolution of dout in reversed time, so it is the same kernel. With E elements of B
 // bytes, the forward moves 2 E B bytes at the least, the backward 5 E B, and sequences in blocks add 32 E in the
 // forward.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <limits>
-#include <type_traits>
 
 #include "core/check.h"
-#include "core/dispatch.h"
+#include "core/device/element_type.cuh"
 #include "core/launch.h"
 #include "core/shared_memory.h"
 #include "longconv/long_conv_launch.h"
@@ -26,14 +22,6 @@ namespace packseq {
 namespace {
 
 using namespace longconv;
-
-template <class F>
-void with_type(Dtype dtype, const F& f) {
-  dispatch<Dtype::f16, Dtype::bf16, Dtype::f32>("dtype", dtype, [&](auto t) {
-    using Half = std::conditional_t<t == Dtype::f16, __half, __nv_bfloat16>;
-    f(std::type_identity<std::conditional_t<t == Dtype::f32, float, Half>>{});
-  });
-}
 
 struct Device {
   int processors, fft_classes;
@@ -305,7 +293,7 @@ size_t long_conv_backward_workspace(const LongConvProblem& p) { return workspace
 void long_conv_forward(const LongConvForward& f, cudaStream_t stream) {
   check_sizes(f.problem);
   if (empty(f.problem)) return;
-  with_type(f.problem.dtype, [&](auto type) { forward<typename decltype(type)::type>(f, stream); });
+  with_element_type(f.problem.dtype, [&]<class T>(std::type_identity<T>) { forward<T>(f, stream); });
 }
 
 // Without rows the filter's gradient is zero, and not left out.
@@ -313,7 +301,7 @@ void long_conv_backward(const LongConvBackward& b, cudaStream_t stream) {
   const LongConvProblem& p = b.problem;
   check_sizes(p);
   if (!empty(p)) {
-    with_type(p.dtype, [&](auto type) { backward<typename decltype(type)::type>(b, stream); });
+    with_element_type(p.dtype, [&]<class T>(std::type_identity<T>) { backward<T>(b, stream); });
     return;
   }
   const auto clear = [&](void* to, int64_t count) {

@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 
+#include "core/divide_up.h"
 #include "core/workspace.h"
 #include "longconv/fft_tile.cuh"
 #include "longconv/longconv.h"
@@ -30,8 +31,6 @@ PACKSEQ_HOST_DEVICE int class_of(int64_t rows, int fft_classes) {
 
 // Where a class's spectrum begins among those of all classes, in complex numbers of a channel.
 PACKSEQ_HOST_DEVICE constexpr int spectrum_begin(int c) { return size_of_class(c) - size_of_class(1); }
-
-PACKSEQ_HOST_DEVICE int64_t divide_up(int64_t x, int64_t by) { return (x + by - 1) / by; }
 
 // A block of a sequence that is cut into blocks.
 struct LongBlock {

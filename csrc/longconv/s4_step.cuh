@@ -14,6 +14,7 @@
 
 #include "core/check.h"
 #include "core/device/complex.cuh"
+#include "core/divide_up.h"
 #include "core/launch.h"
 #include "longconv/s4_step.h"
 
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(Kind::kThreads) s4_step_kernel(const __grid_co
 
 template <class Kind>
 void launch_s4_step(const S4Step& s, cudaStream_t stream) {
-  const int64_t groups = s.sequences * s.channels, blocks = (groups + Kind::kChannels - 1) / Kind::kChannels;
+  const int64_t groups = s.sequences * s.channels, blocks = divide_up(groups, Kind::kChannels);
   const S4StepParams params = {.call = s, .groups = groups, .blocks = blocks};
   launch("s4_step", s4_step_kernel<Kind>, blocks + kClearBlocks, Kind::kThreads, 0, stream, params);
 }

@@ -1,7 +1,5 @@
 // S4's recurrence on the GPU, host side.
-#include <type_traits>
-
-#include "core/dispatch.h"
+#include "core/device/element_type.cuh"
 #include "longconv/filters.h"
 #include "longconv/s4_step.cuh"
 
@@ -18,9 +16,7 @@ void check_step(const S4Step& s) {
 
 void s4_step(const S4Step& s, cudaStream_t stream) {
   check_step(s);
-  dispatch<Dtype::f16, Dtype::bf16, Dtype::f32>("dtype", s.dtype, [&](auto dtype) {
-    using Half = std::conditional_t<dtype == Dtype::f16, __half, __nv_bfloat16>;
-    using T = std::conditional_t<dtype == Dtype::f32, float, Half>;
+  with_element_type(s.dtype, [&]<class T>(std::type_identity<T>) {
     dispatch<0, 1, 2>("rank", s.rank, [&](auto rank) {
       dispatch<8, 32, 256>("lanes",
                            s.poles <= 32    ? 8

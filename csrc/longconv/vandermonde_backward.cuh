@@ -28,8 +28,7 @@ struct WeightedSums {
 inline constexpr int kWeightedRows = 64, kWeightedPoles = 32;
 
 inline int64_t weighted_tiles(bool real, int64_t length) {
-  const int64_t tile = int64_t(kSpan) * kWeightedRows / (real ? 1 : 2);
-  return (length + tile - 1) / tile;
+  return divide_up(length, int64_t(kSpan) * kWeightedRows / (real ? 1 : 2));
 }
 
 namespace {

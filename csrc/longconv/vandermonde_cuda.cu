@@ -63,8 +63,8 @@ void gather(Gather g, const VandermondeProblem& p, const void* u, bool conjugate
   g.partial = static_cast<const float4*>(workspace);
   g.tiles = weighted_tiles(p.conjugate, p.length);
   g.groups = p.groups, g.rows = p.rows, g.poles = p.poles;
-  launch("vandermonde backward: sums", vandermonde_gather_kernel,
-         (p.rows * p.poles + kGatherThreads - 1) / kGatherThreads, kGatherThreads, 0, stream, g);
+  launch("vandermonde backward: sums", vandermonde_gather_kernel, divide_up(p.rows * p.poles, kGatherThreads),
+         kGatherThreads, 0, stream, g);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 // odd ones hold the imaginary part. At 2 FMA a pole and result, 1,024 filters of 16,384 points from 32 pairs take 36 us
 // of an H200's FMA units; the tables, 1 / 40 of the results by number and 50 instructions each, about as much again.
 #pragma once
+#include "core/divide_up.h"
 #include "core/launch.h"
 #include "longconv/filters.h"
 #include "longconv/powers.cuh"
@@ -174,8 +175,8 @@ __global__ void __launch_bounds__(kVandermondeThreads, 4)
 
 // Fills in how the work is cut.
 inline void launch_power_sums(PowerSums s, int64_t groups, cudaStream_t stream) {
-  const int64_t spans = (s.length + kSpan - 1) / kSpan, a_tile = PowerSumsTile::kRows / (s.real ? 1 : 2);
-  s.tiles = (spans + a_tile - 1) / a_tile;
+  const int64_t spans = divide_up(s.length, kSpan), a_tile = PowerSumsTile::kRows / (s.real ? 1 : 2);
+  s.tiles = divide_up(spans, a_tile);
   s.whole_vectors = s.length % 4 == 0 && reinterpret_cast<uintptr_t>(s.out) % 16 == 0;
   launch("vandermonde", vandermonde_forward_kernel, groups * s.rows * s.tiles, kVandermondeThreads, 0, stream, s);
 }

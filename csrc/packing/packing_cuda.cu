@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "core/dispatch.h"
+#include "core/divide_up.h"
 #include "core/launch.h"
 #include "packing/copy_rows.cuh"
 #include "packing/packing.h"
@@ -35,7 +36,7 @@ void copy_rows(const char* what, const Source& source, int64_t rows, int64_t row
     using Unit = UnitOf<bytes>;
     const int64_t row_units = row_bytes / int(bytes);
     const int64_t tile_rows = std::clamp<int64_t>(kTileUnits / row_units, 1, kTileRows);
-    const int64_t segments = (row_units + kTileUnits - 1) / kTileUnits;
+    const int64_t segments = divide_up(row_units, kTileUnits);
     const CopyParams<Unit, Source> params = {.source = source,
                                              .rows = rows,
                                              .row_units = row_units,
@@ -45,7 +46,7 @@ void copy_rows(const char* what, const Source& source, int64_t rows, int64_t row
                                              .from = static_cast<const Unit*>(from),
                                              .to = static_cast<Unit*>(to),
                                              .fill = fill};
-    const int64_t tiles = (rows + tile_rows - 1) / tile_rows;
+    const int64_t tiles = divide_up(rows, tile_rows);
     launch(what, copy_rows_kernel<Unit, Source>, tiles * segments, kCopyThreads, 0, stream, params);
   });
 }
@@ -73,9 +74,9 @@ void place_tokens(const Pack& p, cudaStream_t stream) {
     check_cuda(cudaMemsetAsync(p.indices, 0xff, size_t(p.capacity) * sizeof(int64_t), stream), "pack");
     return;
   }
-  const int64_t steps = (rows + kStep - 1) / kStep, steps_of_part = (steps + kPartsMost - 1) / kPartsMost;
+  const int64_t steps = divide_up(rows, kStep), steps_of_part = divide_up(steps, kPartsMost);
   const PlaceParams params = {.call = p,
-                              .parts = (steps + steps_of_part - 1) / steps_of_part,
+                              .parts = divide_up(steps, steps_of_part),
                               .part_rows = steps_of_part * kStep,
                               .counts = static_cast<int64_t*>(p.workspace)};
   with_keep(p.keep, [&](auto type) {

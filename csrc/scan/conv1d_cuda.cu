@@ -3,28 +3,11 @@
 // All of it is bound by memory. With E elements of B bytes, the forward moves at the least 2 E B bytes, the backward
 // 3 E B; what a run of rows reads again at its ends, and the sums for the taps, add a few percent, mostly out of the
 // second-level cache.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
-#include "core/dispatch.h"
+#include "core/device/element_type.cuh"
 #include "scan/conv1d_grid.h"
 #include "scan/conv1d_launch.h"
 
 namespace packseq {
-namespace {
-
-template <class F>
-void with_type(Dtype dtype, const F& f) {
-  dispatch<Dtype::f16, Dtype::bf16, Dtype::f32>("dtype", dtype, [&](auto t) {
-    using Half = std::conditional_t<t == Dtype::f16, __half, __nv_bfloat16>;
-    f(std::type_identity<std::conditional_t<t == Dtype::f32, float, Half>>{});
-  });
-}
-
-}  // namespace
-
 // Whatever vectors of channels the addresses allow: the most tiles of rows that any gives.
 size_t conv1d_backward_workspace(const Conv1dProblem& p) {
   int64_t tiles = 0;
@@ -33,15 +16,15 @@ size_t conv1d_backward_workspace(const Conv1dProblem& p) {
 }
 
 void conv1d_forward(const Conv1dForward& f, cudaStream_t stream) {
-  with_type(f.problem.dtype, [&](auto type) { conv1d::forward<typename decltype(type)::type>(f, stream); });
+  with_element_type(f.problem.dtype, [&]<class T>(std::type_identity<T>) { conv1d::forward<T>(f, stream); });
 }
 
 void conv1d_backward(const Conv1dBackward& b, cudaStream_t stream) {
-  with_type(b.problem.dtype, [&](auto type) { conv1d::backward<typename decltype(type)::type>(b, stream); });
+  with_element_type(b.problem.dtype, [&]<class T>(std::type_identity<T>) { conv1d::backward<T>(b, stream); });
 }
 
 void conv1d_step(const Conv1dStep& s, cudaStream_t stream) {
-  with_type(s.problem.dtype, [&](auto type) { conv1d::step<typename decltype(type)::type>(s, stream); });
+  with_element_type(s.problem.dtype, [&]<class T>(std::type_identity<T>) { conv1d::step<T>(s, stream); });
 }
 
 }  // namespace packseq

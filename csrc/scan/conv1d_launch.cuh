@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "core/dispatch.h"
+#include "core/divide_up.h"
 #include "core/launch.h"
 #include "scan/conv1d_backward.cuh"
 #include "scan/conv1d_forward.cuh"
@@ -32,7 +33,7 @@ class Alignment {
 };
 
 int64_t state_blocks(const Conv1dProblem& p, const void* states) {
-  return states ? (p.sequences * p.channels + kConvThreads - 1) / kConvThreads : 0;
+  return states ? divide_up(p.sequences * p.channels, kConvThreads) : 0;
 }
 
 // f(width, vec): the constants that the kernels are compiled for.
@@ -82,8 +83,7 @@ void backward(const Conv1dBackward& b, cudaStream_t stream) {
                                 .dweight = static_cast<float*>(b.dweight),
                                 .dbias = static_cast<float*>(b.dbias)};
     const int64_t values = int64_t(p.width + 1) * p.channels;
-    launch("conv1d backward", sum_taps_kernel, (values + kSumValues - 1) / kSumValues, kSumValues * kSumParts, 0,
-           stream, sums);
+    launch("conv1d backward", sum_taps_kernel, divide_up(values, kSumValues), kSumValues * kSumParts, 0, stream, sums);
   });
 }
 
@@ -96,7 +96,7 @@ void step(const Conv1dStep& s, cudaStream_t stream) {
     constexpr int64_t kThreads = 1 << 18;  // enough for a large GPU
     const int columns = p.channels / vec;
     const int64_t groups = std::min(p.sequences, (kThreads + columns - 1) / std::max(columns, 1));
-    const int64_t blocks = (groups * columns + kConvThreads - 1) / kConvThreads;
+    const int64_t blocks = divide_up(groups * columns, kConvThreads);
     const Conv1dStepParams params = {.call = s, .columns = columns, .groups = groups, .blocks = blocks};
     const int64_t clear = p.total * p.channels > 0 ? kClearBlocks : 0;
     launch("conv1d step", conv1d_step_kernel<T, vec, width>, blocks + clear, kConvThreads, 0, stream, params);

@@ -1,4 +1,5 @@
 // The second step of the scan's backward: sums of what many blocks have a share in, in the order of the shares.
+#include "core/divide_up.h"
 #include "core/launch.h"
 #include "scan/scan_kernels.h"
 #include "scan/scan_math.cuh"
@@ -67,7 +68,7 @@ void sum_scan_shares(const ScanBackward& call, const ScanGrid& grid, const Backw
                      cudaStream_t stream) {
   const ScanProblem& p = call.problem;
   const int parts = p.complex ? 2 : 1;
-  const auto blocks_of = [](int64_t items) { return (items + kSumThreads - 1) / kSumThreads; };
+  const auto blocks_of = [](int64_t items) { return divide_up(items, kSumThreads); };
   const MatrixSums matrices = {.problem = p,
                                .count = grid.channel_blocks / p.groups,
                                .width = scratch.width,

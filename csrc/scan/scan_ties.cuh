@@ -2,6 +2,7 @@
 // gradient), and for the sum of its steps d, whose decay exp(A sum) it multiplies what comes in with. One thread a
 // state then carries states from segment to segment.
 #pragma once
+#include "core/divide_up.h"
 #include "core/launch.h"
 #include "core/shared_memory.h"
 #include "scan/scan_walk.cuh"
@@ -70,14 +71,14 @@ inline constexpr int kCombineThreads = 128;
 template <class X, bool kGradient>
 __global__ void __launch_bounds__(kCombineThreads) combine_segments_kernel(const __grid_constant__ TieParams params) {
   const ScanProblem& p = params.problem;
-  const int64_t states = int64_t(p.channels) * p.states, blocks = (states + kCombineThreads - 1) / kCombineThreads;
+  const int64_t states = int64_t(p.channels) * p.states, blocks = divide_up(states, kCombineThreads);
   const int64_t item = blockIdx.x % blocks * kCombineThreads + threadIdx.x;
   const Tile tile = params.grid.segment(p, int32_t(blockIdx.x / blocks));
   if (tile.sequence < 0 || tile.block != 0 || item >= states) return;
   const Walk walk(p, tile);
   if (!walk.split) return;
   const Span span = span_of(p.cu_seqlens, p.sequences, p.total, walk.sequence);
-  const int32_t segments = int32_t((span.size() + kSegmentRows - 1) / kSegmentRows);
+  const int32_t segments = int32_t(divide_up(span.size(), kSegmentRows));
   const X A = to_exponent(static_cast<const X*>(p.A)[item]);
   X carry = {};
   if (params.given) carry = static_cast<const X*>(params.given)[walk.sequence * states + item];
@@ -104,7 +105,7 @@ void tie_segments(const TieParams& params, cudaStream_t stream) {
          stream, params);
   const int64_t states = int64_t(params.problem.channels) * params.problem.states;
   launch("scan: tying segments", combine_segments_kernel<typename Mapping::X, kFor == Walking::gradient>,
-         grid.split_places * ((states + kCombineThreads - 1) / kCombineThreads), kCombineThreads, 0, stream, params);
+         grid.split_places * divide_up(states, kCombineThreads), kCombineThreads, 0, stream, params);
 }
 
 template <class Mapping>

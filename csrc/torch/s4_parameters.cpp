@@ -5,11 +5,6 @@
 #include "longconv/filters.h"
 
 namespace packseq {
-namespace {
-
-constexpr int64_t kMostRank = 2;
-
-}  // namespace
 
 void check_poles(const Argument& a, int64_t poles) {
   check(poles >= 1 && poles <= kMostPoles, a, " must have between 1 and ", kMostPoles, " poles, got ", poles);

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "core/launch.h"
@@ -61,6 +62,20 @@ class DeviceArray {
 
   int64_t count_;
   char* memory_ = nullptr;
+};
+
+// Copies of vectors on the GPU, for as long as it lives.
+class DeviceCopies {
+ public:
+  template <class T>
+  const T* operator()(const std::vector<T>& values) {
+    const auto copy = std::make_shared<DeviceArray<T>>(values);
+    copies_.push_back(copy);
+    return copy->data();
+  }
+
+ private:
+  std::vector<std::shared_ptr<void>> copies_;
 };
 
 }  // namespace packseq::testing

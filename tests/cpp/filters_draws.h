@@ -1,10 +1,11 @@
-// What the tests of the filters share: random complex tensors, their definitions in double, comparisons.
+// What the tests of the filters on the GPU share: random tensors, the same in double, and comparisons.
 #pragma once
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <complex>
 #include <cstdint>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
@@ -37,6 +38,23 @@ inline std::vector<Float2> random_poles(int64_t count, unsigned seed, float scal
   for (Float2& x : w) x = scale * Float2(-0.2f - std::abs(x.real()), 4.0f * x.imag());
   return w;
 }
+
+// Copies of tensors in double, for as long as it lives: the CPU's operators say of them what is right.
+class InDouble {
+ public:
+  const void* operator()(const std::vector<Float2>& x) { return keep(std::vector<Double2>(x.begin(), x.end())); }
+  const void* operator()(const std::vector<float>& x) { return keep(std::vector<double>(x.begin(), x.end())); }
+  const int32_t* operator()(const std::vector<int32_t>& x) { return keep(x); }
+
+ private:
+  template <class X>
+  const X* keep(const std::vector<X>& x) {
+    const auto kept = std::make_shared<const std::vector<X>>(x);
+    kept_.push_back(kept);
+    return kept->data();
+  }
+  std::vector<std::shared_ptr<const void>> kept_;
+};
 
 inline double size_of_element(double x) { return std::abs(x); }
 inline double size_of_element(Double2 x) { return std::abs(x); }

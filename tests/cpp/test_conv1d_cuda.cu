@@ -1,42 +1,11 @@
 // The causal convolution on the GPU, against loops in double.
-#include <map>
-#include <memory>
-
 #include "conv1d_expect.h"
-#include "device_array.cuh"
+#include "device_matrices.cuh"
 
 namespace packseq::testing {
 namespace {
 
 class Conv1dCuda : public GpuTest {};
-
-// A call's matrices on the GPU, at the same offsets.
-class OnDevice {
- public:
-  explicit OnDevice(Conv& v) : v_(v), cu_(v.cu) {
-    for (Matrix* m : v.all()) add(*m);
-  }
-  void add(Matrix& m) {
-    const std::vector<char> bytes(m.memory.data(), m.memory.data() + m.memory.bytes());
-    arrays_[&m] = std::make_unique<DeviceArray<char>>(bytes);
-  }
-  void* operator()(const Matrix& m) const { return arrays_.at(&m)->data() + m.first_byte(); }
-  const int32_t* cu() const { return cu_.data(); }
-
-  // Back to the host: what was written there.
-  void fetch(Matrix& m) const {
-    const std::vector<char> bytes = arrays_.at(&m)->values();
-    std::memcpy(m.memory.data(), bytes.data(), bytes.size());
-  }
-  void fetch_outputs() const {
-    for (const Matrix* m : v_.outputs()) fetch(const_cast<Matrix&>(*m));
-  }
-
- private:
-  Conv& v_;
-  DeviceArray<int32_t> cu_;
-  std::map<const Matrix*, std::unique_ptr<DeviceArray<char>>> arrays_;
-};
 
 void run(Conv& v) {
   const OnDevice device(v);
@@ -46,7 +15,7 @@ void run(Conv& v) {
   b.workspace = workspace.data();
   conv1d_backward(b, nullptr);
   workspace.values();
-  device.fetch_outputs();
+  device.fetch(v.outputs());
 }
 
 std::vector<ConvCase> gpu_cases() {

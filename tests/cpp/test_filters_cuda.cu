@@ -1,5 +1,6 @@
-// Cauchy and Vandermonde sums on the GPU, against their definitions in double.
+// Cauchy and Vandermonde sums on the GPU, against the CPU's in double.
 #include "device_array.cuh"
+#include "executors.h"
 #include "filters_draws.h"
 #include "longconv/filters.h"
 
@@ -31,57 +32,54 @@ struct Cauchy {
         dout(random_complex(groups * rows * nodes, 4)) {
     for (Float2& x : z) x = {imaginary ? 0.0f : 0.1f + std::abs(x.real()), 5.0f * x.imag()};
   }
+  // On whatever memory `place(values)` has them in.
+  template <class Place>
+  CauchyProblem problem(Dtype real, Place& place) const {
+    return {.real = real,
+            .conjugate = conjugate,
+            .groups = groups,
+            .rows = rows,
+            .nodes = nodes,
+            .poles = poles,
+            .v = place(v),
+            .z = place(z),
+            .w = place(w)};
+  }
   std::string name() const {
     return std::string(conjugate ? "pairs, " : "") + std::to_string(groups) + " groups, " + std::to_string(poles) +
            " poles, " + std::to_string(nodes) + " nodes: ";
   }
 };
 
+template <class Number>
 struct CauchyResult {
-  std::vector<Double2> out, dv, dz, dw;
+  std::vector<Number> out, dv, dz, dw;
 };
 
-CauchyResult reference(const Cauchy& c) {
-  CauchyResult r;
-  r.out.resize(c.dout.size()), r.dv.resize(c.v.size()), r.dz.resize(c.z.size()), r.dw.resize(c.w.size());
-  for (int64_t g = 0; g < c.groups; ++g)
-    for (int64_t h = 0; h < c.rows; ++h)
-      for (int n = 0; n < c.poles; ++n) {
-        const size_t at_v = size_t((g * c.rows + h) * c.poles + n), at_w = size_t(h * c.poles + n);
-        const Double2 v = c.v[at_v], w = c.w[at_w];
-        for (int64_t l = 0; l < c.nodes; ++l) {
-          const size_t at = size_t((g * c.rows + h) * c.nodes + l);
-          const Double2 z = c.z[size_t(l)], y = c.dout[at];
-          const Double2 e = 1.0 / (z - w), f = c.conjugate ? 1.0 / (z - std::conj(w)) : 0.0;
-          r.out[at] += v * e + std::conj(v) * f;
-          r.dv[at_v] += y * std::conj(e) + std::conj(y) * f;
-          r.dw[at_w] += y * std::conj(v * e * e) + std::conj(y) * std::conj(v) * f * f;
-          r.dz[size_t(l)] -= y * std::conj(v * e * e + std::conj(v) * f * f);
-        }
-      }
+CauchyResult<Double2> reference(const Cauchy& c) {
+  InDouble place;
+  const CauchyProblem p = c.problem(Dtype::f64, place);
+  const auto like = [](const std::vector<Float2>& x) { return std::vector<Double2>(x.size()); };
+  CauchyResult<Double2> r = {like(c.dout), like(c.v), like(c.z), like(c.w)};
+  cauchy_forward({.problem = p, .out = r.out.data()}, threaded());
+  cauchy_backward({.problem = p,
+                   .dout = place(c.dout),
+                   .dv = r.dv.data(),
+                   .dz = r.dz.data(),
+                   .dw = r.dw.data(),
+                   .workspace = nullptr},
+                  threaded());
   return r;
 }
 
-struct CauchyGot {
-  std::vector<Float2> out, dv, dz, dw;
-};
-
-CauchyGot run(const Cauchy& c) {
-  const DeviceArray<Float2> v(c.v), z(c.z), w(c.w), dout(c.dout);
+CauchyResult<Float2> run(const Cauchy& c) {
+  DeviceCopies place;
+  const CauchyProblem p = c.problem(Dtype::f32, place);
   const DeviceArray<Float2> out(int64_t(c.dout.size())), dv(int64_t(c.v.size())), dz(c.nodes), dw(int64_t(c.w.size()));
-  const CauchyProblem p = {.real = Dtype::f32,
-                           .conjugate = c.conjugate,
-                           .groups = c.groups,
-                           .rows = c.rows,
-                           .nodes = c.nodes,
-                           .poles = c.poles,
-                           .v = v.data(),
-                           .z = z.data(),
-                           .w = w.data()};
   const DeviceArray<char> workspace(int64_t(cauchy_backward_workspace(p, true)));
   cauchy_forward({.problem = p, .out = out.data()}, nullptr);
   cauchy_backward({.problem = p,
-                   .dout = dout.data(),
+                   .dout = place(c.dout),
                    .dv = dv.data(),
                    .dz = dz.data(),
                    .dw = dw.data(),
@@ -92,8 +90,8 @@ CauchyGot run(const Cauchy& c) {
 }
 
 void expect_right(const Cauchy& c, double tolerance) {
-  const CauchyGot got = run(c);
-  const CauchyResult want = reference(c);
+  const CauchyResult<Float2> got = run(c);
+  const CauchyResult<Double2> want = reference(c);
   expect_near(got.out, want.out, tolerance, c.name() + "out");
   expect_near(got.dv, want.dv, tolerance, c.name() + "dv");
   expect_near(got.dz, want.dz, tolerance, c.name() + "dz");
@@ -138,7 +136,7 @@ TEST_F(FiltersCuda, CauchyFarOut) {
 
 TEST_F(FiltersCuda, CauchyRepeats) {
   const Cauchy c(true, 2, 33, 3000, 40, true);
-  const CauchyGot a = run(c), b = run(c);
+  const CauchyResult<Float2> a = run(c), b = run(c);
   EXPECT_EQ(a.out, b.out);
   EXPECT_EQ(a.dv, b.dv);
   EXPECT_EQ(a.dz, b.dz);
@@ -148,9 +146,9 @@ TEST_F(FiltersCuda, CauchyRepeats) {
 // A NaN in one row stays there.
 TEST_F(FiltersCuda, CauchyRowsAreIsolated) {
   Cauchy c(true, 2, 3, 40, 8, true);
-  const CauchyGot clean = run(c);
+  const CauchyResult<Float2> clean = run(c);
   c.w[8] = {NAN, 0.0f}, c.v[9] = {0.0f, INFINITY};
-  const CauchyGot got = run(c);
+  const CauchyResult<Float2> got = run(c);
   for (int64_t g = 0; g < 2; ++g)
     for (const int64_t h : {0, 2}) {
       for (int64_t l = 0; l < 40; ++l) {
@@ -184,48 +182,37 @@ struct Vandermonde {
     for (size_t n = 0; n < x.size(); n += 3)
       x[n] = {x[n].real() / 50, std::fmod(100.0f * float(length) * x[n].imag(), 3.1f)};
   }
-  VandermondeProblem problem(const DeviceArray<Float2>& on_gpu) const {
-    return {.real = Dtype::f32,
+  template <class Place>
+  VandermondeProblem problem(Dtype real, Place& place) const {
+    return {.real = real,
             .conjugate = conjugate,
             .groups = groups,
             .rows = rows,
             .length = length,
             .poles = poles,
-            .x = on_gpu.data()};
+            .x = place(x)};
   }
   std::string name() const {
     return std::string(conjugate ? "pairs, " : "") + std::to_string(groups) + " groups, " + std::to_string(poles) +
            " poles, length " + std::to_string(length) + ": ";
   }
-  // f(g h, n of v, n of x, l, exp(x l)) for everything.
-  template <class F>
-  void for_each(const F& f) const {
-    for (int64_t g = 0; g < groups; ++g)
-      for (int64_t h = 0; h < rows; ++h)
-        for (int n = 0; n < poles; ++n)
-          for (int64_t l = 0; l < length; ++l) {
-            const size_t row = size_t(g * rows + h), at_x = size_t(h * poles + n);
-            f(row * size_t(length) + size_t(l), row * size_t(poles) + size_t(n), at_x, double(l),
-              std::exp(Double2(x[at_x]) * double(l)));
-          }
-  }
 };
 
-// u as the operators read and write it.
-DeviceArray<float> flat(const Vandermonde& c) {
+// u as the operators read and write it; and back.
+std::vector<float> flat(const Vandermonde& c) {
   std::vector<float> all;
   for (const Float2 y : c.u) {
     all.push_back(y.real());
     if (!c.conjugate) all.push_back(y.imag());
   }
-  return DeviceArray<float>(all);
+  return all;
 }
 
-std::vector<Float2> unflat(const Vandermonde& c, const DeviceArray<float>& x) {
-  const std::vector<float> all = x.values();
-  std::vector<Float2> y;
+template <class Real>
+std::vector<std::complex<Real>> unflat(const Vandermonde& c, const std::vector<Real>& all) {
+  std::vector<std::complex<Real>> y;
   for (size_t i = 0; i < c.u.size(); ++i) {
-    y.push_back(c.conjugate ? Float2(all[i], 0.0f) : Float2(all[2 * i], all[2 * i + 1]));
+    c.conjugate ? y.emplace_back(all[i]) : y.emplace_back(all[2 * i], all[2 * i + 1]);
   }
   return y;
 }
@@ -233,56 +220,49 @@ std::vector<Float2> unflat(const Vandermonde& c, const DeviceArray<float>& x) {
 int64_t floats_of(const Vandermonde& c) { return int64_t(c.u.size()) * (c.conjugate ? 1 : 2); }
 
 std::vector<Float2> forward(const Vandermonde& c) {
-  const DeviceArray<Float2> x(c.x), v(c.v);
+  DeviceCopies place;
   const DeviceArray<float> out(floats_of(c));
-  vandermonde_forward({.problem = c.problem(x), .v = v.data(), .out = out.data()}, nullptr);
-  return unflat(c, out);
+  vandermonde_forward({.problem = c.problem(Dtype::f32, place), .v = place(c.v), .out = out.data()}, nullptr);
+  return unflat(c, out.values());
 }
 
-std::vector<Double2> forward_reference(const Vandermonde& c) {
-  std::vector<Double2> out(c.u.size());
-  c.for_each([&](size_t at_u, size_t at_v, size_t, double, Double2 e) {
-    const Double2 y = Double2(c.v[at_v]) * e;
-    out[at_u] += c.conjugate ? 2.0 * y.real() : y;
-  });
-  return out;
-}
+// u is the gradient of the sums' output too, and v that of the transpose's.
+struct VandermondeReference {
+  std::vector<Double2> out, dv, dx, transpose, du, dx_of_transpose;
+
+  explicit VandermondeReference(const Vandermonde& c)
+      : dv(c.v.size()), dx(c.x.size()), transpose(c.v.size()), dx_of_transpose(c.x.size()) {
+    InDouble place;
+    const VandermondeProblem p = c.problem(Dtype::f64, place);
+    const void *const u = place(flat(c)), *const v = place(c.v);
+    std::vector<double> of_out(size_t(floats_of(c))), of_u(of_out.size());
+    vandermonde_forward({.problem = p, .v = v, .out = of_out.data()}, threaded());
+    vandermonde_backward({p, v, u, dv.data(), dx.data(), nullptr}, threaded());
+    vandermonde_transpose({.problem = p, .u = u, .out = transpose.data(), .workspace = nullptr}, threaded());
+    vandermonde_transpose_backward({p, u, v, of_u.data(), dx_of_transpose.data(), nullptr}, threaded());
+    out = unflat(c, of_out), du = unflat(c, of_u);
+  }
+};
 
 void expect_right(const Vandermonde& c, double tolerance) {
-  expect_near(forward(c), forward_reference(c), tolerance, c.name() + "out");
+  const VandermondeReference want(c);
+  expect_near(forward(c), want.out, tolerance, c.name() + "out");
 
-  const DeviceArray<Float2> x(c.x), v(c.v), dv(int64_t(c.v.size())), dx(int64_t(c.x.size()));
-  const DeviceArray<float> u = flat(c), du(floats_of(c));
-  const VandermondeProblem p = c.problem(x);
+  DeviceCopies place;
+  const VandermondeProblem p = c.problem(Dtype::f32, place);
+  const void *const u = place(flat(c)), *const v = place(c.v);
+  const DeviceArray<Float2> dv(int64_t(c.v.size())), dx(int64_t(c.x.size()));
+  const DeviceArray<float> du(floats_of(c));
   const DeviceArray<char> workspace(int64_t(vandermonde_backward_workspace(p)));
-  std::vector<Double2> want_v(c.v.size()), want_x(c.x.size()), want_u(c.u.size());
-  const auto u_at = [&](size_t i) { return c.conjugate ? Double2(c.u[i].real()) : Double2(c.u[i]); };
+  vandermonde_backward({p, v, u, dv.data(), dx.data(), workspace.data()}, nullptr);
+  expect_near(dv.values(), want.dv, tolerance, c.name() + "dv");
+  expect_near(dx.values(), want.dx, tolerance, c.name() + "dx");
 
-  vandermonde_backward(
-      {.problem = p, .v = v.data(), .dout = u.data(), .dv = dv.data(), .dx = dx.data(), .workspace = workspace.data()},
-      nullptr);
-  c.for_each([&](size_t at_u, size_t at_v, size_t at_x, double l, Double2 e) {
-    const Double2 y = (c.conjugate ? 2.0 : 1.0) * u_at(at_u) * std::conj(e);
-    want_v[at_v] += y;
-    want_x[at_x] += y * l * std::conj(Double2(c.v[at_v]));
-  });
-  expect_near(dv.values(), want_v, tolerance, c.name() + "dv");
-  expect_near(dx.values(), want_x, tolerance, c.name() + "dx");
-
-  vandermonde_transpose({.problem = p, .u = u.data(), .out = dv.data(), .workspace = workspace.data()}, nullptr);
-  vandermonde_transpose_backward(
-      {.problem = p, .u = u.data(), .dout = v.data(), .du = du.data(), .dx = dx.data(), .workspace = workspace.data()},
-      nullptr);
-  want_v.assign(want_v.size(), 0), want_x.assign(want_x.size(), 0);
-  c.for_each([&](size_t at_u, size_t at_v, size_t at_x, double l, Double2 e) {
-    const Double2 y = c.v[at_v], back = y * std::conj(e);
-    want_v[at_v] += u_at(at_u) * e;
-    want_u[at_u] += c.conjugate ? back.real() : back;
-    want_x[at_x] += back * l * std::conj(u_at(at_u));
-  });
-  expect_near(dv.values(), want_v, tolerance, c.name() + "transpose");
-  expect_near(unflat(c, du), want_u, tolerance, c.name() + "transpose, du");
-  expect_near(dx.values(), want_x, tolerance, c.name() + "transpose, dx");
+  vandermonde_transpose({.problem = p, .u = u, .out = dv.data(), .workspace = workspace.data()}, nullptr);
+  vandermonde_transpose_backward({p, u, v, du.data(), dx.data(), workspace.data()}, nullptr);
+  expect_near(dv.values(), want.transpose, tolerance, c.name() + "transpose");
+  expect_near(unflat(c, du.values()), want.du, tolerance, c.name() + "transpose, du");
+  expect_near(dx.values(), want.dx_of_transpose, tolerance, c.name() + "transpose, dx");
   workspace.values();
 }
 

@@ -1,4 +1,5 @@
 // The selective scan on the GPU, against its definition in double.
+#include <limits>
 #include <memory>
 
 #include "device_array.cuh"
@@ -270,52 +271,64 @@ TEST_F(ScanCuda, MalformedBoundaries) {
   }
 }
 
-// One to three tokens of sequences whose states are in a pool.
+// One to three tokens of sequences whose states are in a pool, between guards: `indices` has slots that are not there.
+void expect_right_step(const ScanCase& c, const std::vector<int32_t>& indices) {
+  constexpr int64_t kSlots = 7;
+  Scan s(c);
+  const ScanReference want(s);
+  OnGpu gpu(s);
+  const size_t width = size_t(s.initial.token) * sizeof(float);
+  const auto is_there = [&](int64_t slot) { return slot >= 0 && slot < kSlots; };
+  std::vector<char> pool(kSlots * width, 1);
+  for (size_t i = 0; i < indices.size(); ++i) {
+    if (!is_there(indices[i])) continue;
+    std::memcpy(&pool[size_t(indices[i]) * width], s.initial.memory.data() + i * width, width);
+  }
+  const DeviceArray<char> device_pool(pool);
+  const DeviceArray<int32_t> device_indices(indices);
+  scan_step({.problem = gpu.problem(),
+             .pool = device_pool.data(),
+             .slots = kSlots,
+             .indices = device_indices.data(),
+             .out = gpu.out.data()},
+            nullptr);
+  gpu.out.fetch();
+  const std::vector<char> after = device_pool.values();
+  std::vector<double> rows = want.out, states = want.final;
+  std::vector<bool> touched(kSlots, false);
+  for (size_t i = 0; i < indices.size(); ++i) {
+    if (is_there(indices[i])) {
+      touched[size_t(indices[i])] = true;
+      std::memcpy(s.final.memory.data() + i * width, &after[size_t(indices[i]) * width], width);
+      continue;
+    }
+    for (int64_t t = s.cu[i]; t < s.cu[i + 1]; ++t)
+      for (int64_t n = 0; n < c.channels; ++n) {
+        EXPECT_EQ(s.out.at(t, 0, n), 0) << c.name << ": token " << t << " has no state";
+        rows[size_t(t * c.channels + n)] = 0;
+      }
+    std::memset(s.final.memory.data() + i * width, 0, width);
+    std::fill_n(&states[i * size_t(s.final.token)], s.final.token, 0.0);
+  }
+  expect_close(s.out, rows, tolerance_of(s.out), c.name + ": out");
+  expect_close(s.final, states, 1e-5, c.name + ": states");
+  for (size_t slot = 0; slot < touched.size(); ++slot) {
+    if (touched[slot]) continue;
+    EXPECT_TRUE(std::all_of(&after[slot * width], &after[slot * width] + width, [](char x) { return x == 1; }))
+        << c.name << ": slot " << slot << " is nobody's, and was written";
+  }
+}
+
 TEST_F(ScanCuda, StepsFromAPool) {
+  const int32_t least = std::numeric_limits<int32_t>::min(), most = std::numeric_limits<int32_t>::max();
   for (const bool complex : {false, true})
     for (const int states : {16, 5, 100})
       for (const Dtype t : {Dtype::f32, Dtype::bf16}) {
         ScanCase c = {.lengths = {1, 3, 0, 1, 2}, .channels = 40, .states = states, .groups = 2, .dtype = t};
         c.complex = complex;
         c.name = std::string("step ") + name_of(t) + (complex ? " complex " : " ") + std::to_string(states);
-        Scan s(c);
-        const ScanReference want(s);
-        OnGpu gpu(s);
-        constexpr int64_t kSlots = 7;
-        const std::vector<int32_t> indices = {4, 0, 2, -1, 6};
-        const size_t width = size_t(s.initial.token) * sizeof(float);
-        std::vector<char> pool(kSlots * width, 1), expected;
-        for (size_t i = 0; i < indices.size(); ++i) {
-          if (indices[i] < 0) continue;
-          std::memcpy(&pool[size_t(indices[i]) * width], s.initial.memory.data() + i * width, width);
-        }
-        const DeviceArray<char> device_pool(pool);
-        const DeviceArray<int32_t> device_indices(indices);
-        scan_step({.problem = gpu.problem(),
-                   .pool = device_pool.data(),
-                   .slots = kSlots,
-                   .indices = device_indices.data(),
-                   .out = gpu.out.data()},
-                  nullptr);
-        gpu.out.fetch();
-        std::vector<double> rows = want.out;
-        for (int64_t i = s.cu[3] * c.channels; i < s.cu[4] * c.channels; ++i) rows[size_t(i)] = 0;
-        expect_close(s.out, rows, tolerance_of(s.out), c.name + ": out");
-        const std::vector<char> after = device_pool.values();
-        for (size_t i = 0; i < indices.size(); ++i) {
-          char* const to = s.final.memory.data() + i * width;
-          if (indices[i] >= 0) std::memcpy(to, &after[size_t(indices[i]) * width], width);
-        }
-        std::vector<double> states_after = want.final;
-        for (int64_t n = 0; n < s.final.token; ++n) {  // nobody's slot
-          states_after[size_t(3 * s.final.token + n)] = 0;
-          s.final.set(3, n / s.final.head, n % s.final.head, 0);
-        }
-        expect_close(s.final, states_after, 1e-5, c.name + ": states");
-        for (const size_t slot : {1, 3, 5}) {
-          EXPECT_TRUE(std::all_of(&after[slot * width], &after[slot * width] + width, [](char x) { return x == 1; }))
-              << c.name << ": slot " << slot << " is nobody's, and was written";
-        }
+        expect_right_step(c, {4, 0, 2, -1, 6});
+        expect_right_step(c, {7, most, least, 3, -1});
       }
 }
 
