@@ -1,0 +1,1 @@
+"""Sequences spread over several ranks."""
