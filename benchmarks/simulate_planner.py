@@ -98,11 +98,11 @@ def mixed_layouts(ranks: int) -> Iterator[list[int]]:
                     yield [large] * count + [small] * (left // small)
 
 
-def simulate(mix: Mix, model: CostModel, heads: int, *, steps: int, documents: int, ranks: int) -> dict[str, dict]:
-    """Of each choice the mean seconds of a step, or None where memory does not hold some step; and the planner's
-    own milliseconds."""
+def simulate(mix: Mix, model: CostModel, heads: int, *, steps: int, documents: int, ranks: int) -> dict:
+    """``seconds``: of each choice the mean of a step, or None where memory does not hold some step. ``planning``: the
+    milliseconds of each plan, by the clock and of the CPU."""
     seconds: dict[str, list[float | None]] = {}
-    planning: dict[str, list[float]] = {}
+    planning: list[tuple[float, float]] = []
     for step in range(steps):
         lengths = mix.draw(documents, step)
         for row, size, exchange in uniform_choices(model, heads, ranks):
@@ -116,9 +116,9 @@ def simulate(mix: Mix, model: CostModel, heads: int, *, steps: int, documents: i
                 fits = max(lengths) <= groups[0] * exchange.tokens_per_rank
                 found = static_plan(lengths, groups, exchange).seconds if fits else None
                 seconds.setdefault(row, []).append(found)
-            begin = time.perf_counter()
+            begin = time.perf_counter(), time.process_time()
             found = plan(lengths, ranks, exchange)
-            planning.setdefault(f"planned {name}", []).append(1e3 * (time.perf_counter() - begin))
+            planning.append((1e3 * (time.perf_counter() - begin[0]), 1e3 * (time.process_time() - begin[1])))
             seconds.setdefault(f"planned {name}", []).append(found.seconds)
     means = {row: None if None in each else sum(each) / steps for row, each in seconds.items()}
     return {"seconds": means, "planning": planning}
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> None:
             sizes = {"steps": options.steps, "documents": options.documents, "ranks": options.ranks}
             result = simulate(mix, model, heads, **sizes)
             seconds = result["seconds"]
-            waits += result["planning"]["planned ring"]
+            waits += result["planning"]
             if options.rows:
                 for row, value in seconds.items():
                     shown = "memory" if value is None else f"{value:.3f} s"
@@ -174,11 +174,21 @@ def main(argv: list[str]) -> None:
                     "mixed over planned": mixed / ours,
                 }
             )
-    median, ninth = np.percentile(waits, [50, 90])
+    (clock, cpu), (clock_90, cpu_90) = np.percentile(waits, [50, 90], axis=0)
+    mixes = [
+        f"- {name}: median {mix.median:g}, sigma {mix.sigma:g}, and {mix.tail:.1%} of the documents from 32k to 256k"
+        for name, mix in MIXES.items()
+    ]
     summary = [
         f"{options.ranks} ranks, {options.documents} documents a step, {options.steps} steps; "
-        f"nodes of 8 GPUs with {options.cards} network cards.",
-        f"Planning took {median:.0f} ms in the median, {ninth:.0f} ms at the 90th percentile.",
+        f"nodes of 8 GPUs with {options.cards} network cards. Seconds are means of a step; ratios say how many times as "
+        "long the best choice takes that is the same for all steps. Mixed are fixed layouts of groups of two sizes.",
+        "",
+        "Documents are log-normal, 256k at most:",
+        *mixes,
+        "",
+        f"Planning took {clock:.0f} ms in the median ({cpu:.0f} ms of the CPU), {clock_90:.0f} ms ({cpu_90:.0f}) at the "
+        "90th percentile.",
     ]
     title = "Planned groups against static ones, simulated with the cost model of H200s"
     write(options.out, "planner", title, environment(options.commit), rows, summary)
