@@ -181,14 +181,14 @@ def main(argv: list[str]) -> None:
     ]
     summary = [
         f"{options.ranks} ranks, {options.documents} documents a step, {options.steps} steps; "
-        f"nodes of 8 GPUs with {options.cards} network cards. Seconds are means of a step; ratios say how many times as "
-        "long the best choice takes that is the same for all steps. Mixed are fixed layouts of groups of two sizes.",
+        f"nodes of 8 GPUs with {options.cards} network cards. Seconds are means of a step; ratios say how many times "
+        "as long the best choice takes that is the same for all steps. Mixed are fixed layouts of groups of two sizes.",
         "",
         "Documents are log-normal, 256k at most:",
         *mixes,
         "",
-        f"Planning took {clock:.0f} ms in the median ({cpu:.0f} ms of the CPU), {clock_90:.0f} ms ({cpu_90:.0f}) at the "
-        "90th percentile.",
+        f"Planning took {clock:.0f} ms in the median ({cpu:.0f} ms of the CPU), {clock_90:.0f} ms ({cpu_90:.0f}) at "
+        "the 90th percentile.",
     ]
     title = "Planned groups against static ones, simulated with the cost model of H200s"
     write(options.out, "planner", title, environment(options.commit), rows, summary)
