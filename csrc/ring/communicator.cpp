@@ -210,6 +210,7 @@ int64_t Communicator::exchange(const std::vector<Transfer>& sends, const std::ve
             .ready = {},
             .ended = {},
             .begun = {}};
+  last_text_ = step.text;
   step.ready.record(stream);
   step.ready.hold(stream_);
   for (size_t i = 0; i < from_self.size(); ++i) {
@@ -332,8 +333,9 @@ void Communicator::look() {
     NcclResult result = kNcclSuccess;
     nccl_.comm_get_async_error(comm_, &result);
     if (result != kNcclSuccess) {
-      const std::string during = steps_.empty() ? "" : " during " + steps_.front().text;
-      fail("ring: NCCL reported an error" + during + " " + on_rank() + ": " + nccl_.explain(result), /*settled=*/true);
+      std::string when;
+      if (last_ticket_ > 0) when = steps_.empty() ? " after " + last_text_ : " during " + steps_.front().text;
+      fail("ring: NCCL reported an error" + when + " " + on_rank() + ": " + nccl_.explain(result), /*settled=*/true);
     }
   } catch (const std::exception& error) {
     fail("ring: the GPU reported an error " + on_rank() + ": " + error.what(), /*settled=*/true);

@@ -144,6 +144,7 @@ class Communicator {
   std::deque<Step> steps_;           // not yet seen to be over, oldest first
   std::vector<Step> captured_;       // of the capture under way
   int64_t last_ticket_ = 0;
+  std::string last_text_;
   std::string failure_;
   std::shared_future<void> ending_;  // NCCL's last call, on a thread of its own
   std::shared_ptr<void> given_up_;   // where NCCL may write a child that came too late, until it has ended

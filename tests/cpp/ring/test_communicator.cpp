@@ -309,11 +309,11 @@ TEST_F(Ring, TimeCountsFromWhenTheStepCouldBegin) {
 }
 
 TEST_F(Ring, ErrorsOfNcclAndOfTheGpuNameTheStep) {
-  auto ring = join(3);
+  auto ring = join(4);
   const Stream stream;
   std::vector<int> got{-1};
   fake().broken_rank = 0;
-  EXPECT_TRUE(runtime_error([&] { ring[0]->poll(); }, "NCCL reported an error on rank 0 of 3", "the last words"));
+  EXPECT_TRUE(runtime_error([&] { ring[0]->poll(); }, "NCCL reported an error on rank 0 of 4", "the last words"));
   EXPECT_TRUE(runtime_error([&] { ring[0]->poll(); }, "the last words"));
   fake().broken_rank = -1;
 
@@ -322,9 +322,14 @@ TEST_F(Ring, ErrorsOfNcclAndOfTheGpuNameTheStep) {
   EXPECT_TRUE(runtime_error([&] { ring[1]->synchronize(ticket); }, "during step 1 (exchange with ranks 0 and 2)"));
   fake().broken_rank = -1;
 
+  ring[3]->synchronize(ring[3]->exchange({transfer(got, 2)}, {}, stream));
+  fake().broken_rank = 3;
+  EXPECT_TRUE(runtime_error([&] { ring[3]->poll(); }, "error after step 1 (exchange with rank 2) on rank 3 of 4"));
+  fake().broken_rank = -1;
+
   ring[2]->exchange({}, {transfer(got, 0)}, stream);
   fake_cuda::set_error(cudaErrorUnknown);
-  EXPECT_TRUE(runtime_error([&] { ring[2]->poll(); }, "GPU reported an error on rank 2 of 3", "a made-up error"));
+  EXPECT_TRUE(runtime_error([&] { ring[2]->poll(); }, "GPU reported an error on rank 2 of 4", "a made-up error"));
 }
 
 TEST_F(Ring, AnAbortFromAnotherThreadEndsAWait) {
