@@ -26,12 +26,14 @@ foreach(_kernels IN LISTS PACKSEQ_CPU_KERNELS)
 endforeach()
 
 if(PACKSEQ_HAS_CUDA)
-  file(GLOB PACKSEQ_CUDA_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu)
+  file(GLOB PACKSEQ_CUDA_SOURCES CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/csrc/*/*.cu
+    ${PROJECT_SOURCE_DIR}/csrc/ring/*.cpp)  # the ring is host code, but of no use without a GPU
   target_sources(packseq_core PRIVATE ${PACKSEQ_CUDA_SOURCES})
   target_compile_definitions(packseq_core PUBLIC PACKSEQ_HAS_CUDA=1)
   target_compile_options(packseq_core PRIVATE
     "$<$<COMPILE_LANGUAGE:CUDA>:-lineinfo;--expt-relaxed-constexpr;${PACKSEQ_CUDA_WARNINGS}>")
-  target_link_libraries(packseq_core PUBLIC CUDA::cudart_static)
+  find_package(Threads REQUIRED)
+  target_link_libraries(packseq_core PUBLIC CUDA::cudart_static Threads::Threads ${CMAKE_DL_LIBS})
 
   # One file an instantiation, so that they compile side by side.
   foreach(_dtype f16 bf16)

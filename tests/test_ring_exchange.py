@@ -7,12 +7,10 @@ import time
 from datetime import timedelta
 
 import pytest
-import ranks as with_ranks
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from packseq.ring import all_to_all, ring_exchange, shard, unshard
-from ranks import ranks
+from ranks import meet, ranks, run_ranks
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex64]
@@ -148,50 +146,32 @@ def test_bad_input(name):
 
 
 def test_without_a_group():
-    with pytest.raises(ValueError, match=r"is torch\.distributed initialized"):
+    with pytest.raises(ValueError, match="ring: group must be given"):
         ring_exchange([torch.zeros(1)])
 
 
 # ---- a rank is lost
 
 
-def lose_a_rank(rank: int, world: int, port: int, how: str, results) -> None:
-    with_ranks.TIMEOUT = timedelta(seconds=8)
-    with_ranks.start_rank(rank, world, port, "cpu")
+def lose_a_rank(how: str) -> None:
+    rank, store = dist.get_rank(), dist.group.WORLD.get_group_store()
     x = torch.ones(4, 2)
     ring_exchange([x], None, 1)
     if rank == 1:
-        dist.distributed_c10d._get_default_store().set("stopped", "1")
+        store.set("lost", str(os.getpid()))
         os.kill(os.getpid(), signal.SIGKILL if how == "killed" else signal.SIGSTOP)
-    dist.distributed_c10d._get_default_store().wait(["stopped"])
+    lost = int(store.get("lost"))
     began = time.monotonic()
-    try:
-        for _ in range(world):
-            ring_exchange([x], None, 1)
-        results.put((rank, "nothing was raised", 0.0))
-    except RuntimeError as error:
-        results.put((rank, str(error), time.monotonic() - began))
-    results.close()
-    results.join_thread()
-    os._exit(0)  # without waiting for the lost rank
+    with pytest.raises(RuntimeError) as raised:
+        all(ring_exchange([x], None, 1) for _ in range(dist.get_world_size()))
+    message = rf"ring: ring_exchange by 1 \((to|from) rank \d\) failed on rank {rank}: "
+    assert re.match(message, str(raised.value)), str(raised.value)
+    assert time.monotonic() - began < 30
+    meet("raised", 3)
+    if rank == 0 and how == "stopped":
+        os.kill(lost, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_a_lost_rank_makes_the_others_raise(how):
-    world, context, port = 4, mp.get_context("spawn"), with_ranks.free_port()
-    results = context.Queue()
-    processes = [
-        context.Process(target=lose_a_rank, args=(rank, world, port, how, results), daemon=True)
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        answers = sorted(results.get(timeout=90) for _ in range(world - 1))
-    finally:
-        for process in processes:
-            process.kill()
-    assert [rank for rank, *_ in answers] == [0, 2, 3]
-    for rank, message, seconds in answers:
-        assert re.match(rf"ring: ring_exchange by 1 \((to|from) rank \d\) failed on rank {rank}: ", message), message
-        assert seconds < 30
+    run_ranks(lose_a_rank, 4, how, lost=(1,), device="cpu", timeout=timedelta(seconds=8))

@@ -3,18 +3,11 @@
 #include <cuda_runtime.h>
 
 #include <limits>
-#include <stdexcept>
-#include <string>
 
 #include "core/check.h"
+#include "core/check_cuda.h"
 
 namespace packseq {
-
-inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("packseq: ") + what + ": " + cudaGetErrorString(error));
-  }
-}
 
 // Launches kernel(params) with `shared` bytes of dynamic shared memory. The grid is one-dimensional:
 // only its x axis reaches 2^31 - 1 blocks. An empty grid launches nothing.

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "core/build_info.h"
+#include "python/communicator.h"
 
 namespace py = pybind11;
 
@@ -29,4 +30,6 @@ PYBIND11_MODULE(_C, m) {
         "Raises RuntimeError when the kernels cannot run there.");
   m.def("misfit", &packseq::misfit, py::arg("architectures"), py::arg("gpu"), py::arg("major"), py::arg("minor"),
         "Why code built for these architectures does not run on such a GPU; empty where it does.");
+
+  packseq::bind_communicator(m);
 }

@@ -8,7 +8,8 @@ from torch import Tensor
 from .._registration import _library, register_autocast, register_gradient
 from ..attention import _window
 from .attention_plan import Mask, Step, attention_plan
-from .exchange import Group, Transfer, group_of, name_of, start
+from .exchange import Transfer, start
+from .groups import Group, group_of, name_of
 from .heads import Heads
 from .sharding import Sharding
 
@@ -110,7 +111,9 @@ class _Ring:
         if step.shift == 0:
             return None, [_some(x, step.send) for x in (k, v)]
         arriving = [x.new_empty(step.receives, *x.shape[1:]) for x in (k, v)]
-        transfer = self.transfer([_some(x, step.send).contiguous() for x in (k, v)], arriving, step.shift, "keys and values")
+        transfer = self.transfer(
+            [_some(x, step.send).contiguous() for x in (k, v)], arriving, step.shift, "keys and values"
+        )
         return transfer, arriving
 
     def transfer(self, sends: list[Tensor], receives: list[Tensor], shift: int, what: str) -> Transfer:

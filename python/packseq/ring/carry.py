@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .._registration import _library
-from .exchange import Group, group_of, name_of
 from .gather import last_pieces, pieces_before
+from .groups import Group, group_of, name_of
 from .sharding import Sharding
 
 

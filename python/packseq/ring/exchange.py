@@ -1,37 +1,15 @@
 """Tensors between ranks: several sends and receives at once, and the operators ring_exchange and all_to_all."""
 
 from collections.abc import Sequence
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed import ProcessGroup
 
 from .._registration import _library
-
-Group = ProcessGroup | DeviceMesh | None
-
-
-def resolve(group: Group) -> ProcessGroup:
-    """A process group, or that of a mesh with one dimension; None: of all ranks."""
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(f"ring: group must be a mesh of one dimension, or one dimension of it, got {group}")
-        return group.get_group()
-    group = dist.group.WORLD if group is None else group
-    if group is None or group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("ring: group must be one that this rank is in; is torch.distributed initialized?")
-    return group
-
-
-def name_of(group: Group) -> str:
-    """What an operator knows a group by."""
-    return resolve(group).group_name
-
-
-def group_of(name: str) -> ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)
+from .communicator import Exchange, communicator
+from .groups import Group, group_of, name_of, resolve
 
 
 def ring_exchange(
@@ -97,27 +75,27 @@ def all_to_all(
 class Transfer:
     """Sends and receives under way; ``wait()`` once, before the received tensors are read."""
 
-    def __init__(self, works: list[tuple[dist.Work, str]], timeout: timedelta | None):
-        self._works, self._timeout = works, timeout
+    def __init__(self, works: list[tuple[dist.Work, str]]):
+        self._works = works
 
     def wait(self) -> None:
         for work, what in self._works:
             try:
-                work.wait(self._timeout) if self._timeout else work.wait()
+                work.wait()
             except RuntimeError as error:
                 raise RuntimeError(f"ring: {what} failed on rank {dist.get_rank()}: {error}") from error
         self._works = []
 
 
-def start(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: ProcessGroup, step: str):
+def start(
+    sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: ProcessGroup, step: str
+) -> Transfer | Exchange:
     """Starts contiguous tensors on their way to ranks of the group, and from them into others; those without elements
     stay at home. ``step`` is what an error calls it. Both ends name each other in the same order."""
     device = next((x.device for x, _ in (*sends, *receives)), torch.device("cpu"))
     sends, receives = ([(x, peer) for x, peer in xs if x.numel()] for xs in (sends, receives))
     if device.type == "cuda":
-        from .communicator import communicator_of
-
-        return communicator_of(group).start(sends, receives, step)
+        return communicator(group).exchange(sends, receives, step)
     rank = group.rank()
     mine = [x for x, peer in sends if peer == rank]
     for (x, _), y in zip([x for x in receives if x[1] == rank], mine, strict=True):
@@ -128,7 +106,7 @@ def start(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], g
             if peer != rank:
                 what = f"{step} ({way} rank {dist.get_global_rank(group, peer)})"
                 works.append((call(x.view(-1).view(torch.uint8), group=group, **{key: peer}), what))
-    return Transfer(works, None)
+    return Transfer(works)
 
 
 def run(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: ProcessGroup, step: str) -> None:

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .._registration import _library, register_gradient
-from .exchange import Group, group_of, name_of, run
+from .exchange import run
+from .groups import Group, group_of, name_of
 from .sharding import Sharding
 
 

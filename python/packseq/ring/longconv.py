@@ -5,7 +5,7 @@ from torch import Tensor
 from .._boundaries import slack_rows
 from ..longconv import _check_modes, _scan, _wide, long_conv
 from .carry import carried_states, pieces_of, states_of_sequences
-from .exchange import Group
+from .groups import Group
 from .sharding import Sharding
 
 

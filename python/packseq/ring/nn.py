@@ -5,7 +5,7 @@ from torch import Tensor
 from .. import nn
 from .._boundaries import slack_rows
 from .carry import pieces_of
-from .exchange import Group
+from .groups import Group
 from .scan import ring_causal_conv1d, ring_selective_scan
 from .sharding import Sharding
 

@@ -8,8 +8,8 @@ from .._boundaries import slack_rows
 from .._registration import widened
 from ..scan import causal_conv1d, selective_scan
 from .carry import Pieces, carried_states, pieces_of, states_of_sequences
-from .exchange import Group
 from .gather import halo
+from .groups import Group
 from .sharding import Sharding
 
 
