@@ -19,7 +19,7 @@ define say
 @printf '\n==> %s\n' "$(1)"
 endef
 
-.PHONY: help demo train-mamba train-s4 test test-cpp test-python lint format bench build build-examples build-demo build-tests clean
+.PHONY: help demo train-mamba train-s4 train-ring test test-cpp test-python lint format bench build build-examples build-demo build-tests clean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +35,12 @@ train-mamba: build-examples  ## trains a small Mamba language model on the stand
 train-s4: build-examples  ## trains S4 to tell shapes apart pixel by pixel (ARGS="--layer h3", s4d; ARGS=--resume goes on)
 	$(call say,training S4 on long sequences)
 	$(VENV)/bin/python examples/train_s4.py $(ARGS)
+
+train-ring: build-examples  ## trains a hybrid model on one process, then over two: the same curve
+	$(call say,training on one process)
+	$(VENV)/bin/python examples/train_ring.py $(ARGS)
+	$(call say,training over two)
+	$(VENV)/bin/torchrun --nproc-per-node 2 examples/train_ring.py $(ARGS)
 
 test: lint test-cpp test-python  ## style checks, C++ tests and Python tests
 

@@ -1,8 +1,11 @@
-"""The parts of make demo, make train-mamba and make train-s4: their texts, pictures and batches, that padded and packed
-are the same model, and that training goes on from a checkpoint as if it had not stopped."""
+"""The parts of the examples that make runs: their texts, pictures and batches, that padded and packed are the same model,
+and that training goes on from a checkpoint as if it had not stopped."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,12 @@ import torch
 from compare import assert_same_bits
 from packseq.nn import BertConfig, BertEncoder, mean_pool
 
+ROOT = Path(__file__).parent.parent
+
 
 @pytest.fixture(autouse=True)
 def examples(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
 
 @pytest.fixture
@@ -236,3 +241,20 @@ def test_a_picture_is_the_same_in_any_batch(pixels):
     for alone, rows in zip(together, batch.pixels.split(lengths), strict=True):
         own = torch.tensor([0, len(rows)], dtype=torch.int32)
         torch.testing.assert_close(model(rows, own)[0], alone, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_training_over_ranks_is_training_on_one(tmp_path, layout):
+    pytest.importorskip("matplotlib")
+    command = ["examples/train_ring.py", "--steps", "3", "--batch-tokens", "256", "--longest", "128", "--layers", "2"]
+    command += ["--folder", str(tmp_path), "--layout", layout]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for launcher in ([sys.executable], torchrun):
+        done = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert "Largest difference between the runs' losses" in done.stdout
+    assert "at most 1e-05" in done.stdout
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    losses = json.loads((tmp_path / "losses-2.json").read_text())["losses"]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]

@@ -10,20 +10,31 @@ Between CPU tensors it goes over the group's own backend (Gloo), between CUDA te
 """
 
 from .attention import ring_attention
+from .batches import pack_batches
+from .communicator import Communicator, communicator
+from .cost_model import CostModel
 from .exchange import all_to_all, ring_exchange
 from .gather import unshard
 from .longconv import ring_long_conv
+from .planner import Plan, plan, static_plan
 from .scan import ring_causal_conv1d, ring_selective_scan
 from .sharding import Sharding, shard
 
 __all__ = [
+    "Communicator",
+    "CostModel",
+    "Plan",
     "Sharding",
     "all_to_all",
+    "communicator",
+    "pack_batches",
+    "plan",
     "ring_attention",
     "ring_causal_conv1d",
     "ring_exchange",
     "ring_long_conv",
     "ring_selective_scan",
     "shard",
+    "static_plan",
     "unshard",
 ]
