@@ -1,5 +1,5 @@
-"""The parts of the examples that make runs: their texts, pictures and batches, that padded and packed are the same model,
-and that training goes on from a checkpoint as if it had not stopped."""
+"""The parts of the examples that make runs: their texts, pictures and batches, that padded and packed are the same
+model, and that training goes on from a checkpoint as if it had not stopped."""
 
 import json
 import os

@@ -109,10 +109,10 @@ class _Ring:
         if step is None:
             return None, []
         if step.shift == 0:
-            return None, [_some(x, step.send) for x in (k, v)]
+            return None, [some_rows(x, step.send) for x in (k, v)]
         arriving = [x.new_empty(step.receives, *x.shape[1:]) for x in (k, v)]
         transfer = self.transfer(
-            [_some(x, step.send).contiguous() for x in (k, v)], arriving, step.shift, "keys and values"
+            [some_rows(x, step.send).contiguous() for x in (k, v)], arriving, step.shift, "keys and values"
         )
         return transfer, arriving
 
@@ -133,8 +133,8 @@ class _Ring:
             yield step, keys
 
 
-def _some(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x.index_select(0, rows)
+def some_rows(x: Tensor, rows: slice | Tensor) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
 def _ring_attention(q, k, v, key, group, *options):
@@ -206,10 +206,7 @@ def _take_back(returning: tuple | None, dk: Tensor, dv: Tensor) -> None:
     if transfer:
         transfer.wait()
     for total, part in zip((dk, dv), arrived, strict=True):
-        if rows is None:
-            total += part
-        else:
-            total[rows] += part  # no row twice
+        total[rows] += part  # no row twice
 
 
 _library.impl("ring_attention", _ring_attention, "CompositeExplicitAutograd")

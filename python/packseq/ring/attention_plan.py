@@ -39,8 +39,8 @@ class Step:
     """A rank sends keys and values to the rank so many places on, and gets as many as it needs from that before it."""
 
     shift: int
-    send: Tensor | None  # which of its rows go; None: all of them, in their order
-    sends: int
+    send: slice | Tensor  # which of its rows go
+    sends: int  # so many
     receives: int
     calls: list[Call]
 
@@ -55,8 +55,7 @@ def attention_plan(sharding: Sharding, mask: Mask, rank: int, device: torch.devi
         if not needs.total and not gives.total:
             plan.append(None)
             continue
-        send = None if gives.total == sharding.sizes[rank] else gives.rows().to(device)
-        plan.append(Step(shift, send, gives.total, needs.total, needs.calls(mask, device)))
+        plan.append(Step(shift, gives.rows(device), gives.total, needs.total, needs.calls(mask, device)))
     return plan
 
 
@@ -106,11 +105,13 @@ class _Fetch:
         self.ends = (self.end - self.begin).cumsum(0)  # of each piece's rows, among those fetched
         self.total = int(self.ends[-1]) if count else 0
 
-    def rows(self) -> Tensor:
+    def rows(self, device: torch.device) -> slice | Tensor:
         """Among the rows of the rank that has them."""
         first = self.sharding.first_rows[self.pieces] + self.begin - self.sharding.pieces[self.pieces, 2]
         sizes = self.end - self.begin
-        return torch.arange(self.total) + (first - self.ends + sizes).repeat_interleave(sizes)
+        rows = torch.arange(self.total) + (first - self.ends + sizes).repeat_interleave(sizes)
+        begin, end = (int(rows[0]), int(rows[-1]) + 1) if self.total else (0, 0)
+        return slice(begin, end) if end - begin == self.total else rows.to(device)
 
     def calls(self, mask: Mask, device: torch.device) -> list[Call]:
         if not self.total:
