@@ -86,11 +86,18 @@ def test_unshard_over_ranks():
 def checked(group, rank: int) -> None:
     name = group.group_name
     world = group.size()
-    x = torch.randn(world * 2, 3, requires_grad=True)
+    x, y = (torch.randn(world * 2, 3, requires_grad=True) for _ in range(2))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    sharding = shard([0, 5, 9], world)
+    q, k, v = (torch.randn(sharding.sizes[rank], 2, 8, requires_grad=True) for _ in range(3))
+    options = (True, -1, -1, 0, 0.0, None, None, None)
     calls = [
-        (torch.ops.packseq.ring_exchange, ([x, x + 1], name, 1, None)),
+        (torch.ops.packseq.ring_exchange, ([x, y], name, 1, None)),
         (torch.ops.packseq.all_to_all, (x, name, [2] * world, [2] * world)),
+        (torch.ops.packseq.ring_attention, (q, k, v, sharding.key, name, *options)),
+        (torch.ops.packseq.ring_gather, (q, sharding.key, name, "halo", 3)),
+        (torch.ops.packseq.ring_pieces, (q.detach(), sharding.key, name, False)),
+        (torch.ops.packseq.ring_sums_beyond, (q, True)),
     ]
     for operator, arguments in calls:
         torch.library.opcheck(operator.default, arguments, test_utils=tests)

@@ -1,9 +1,9 @@
 """Sequence mixers that never pad: see packseq.attention, packseq.scan, packseq.filters, packseq.longconv,
-packseq.packing, and python -m packseq for what was built."""
+packseq.packing, packseq.ring, and python -m packseq for what was built."""
 
 from ._load import _C  # isort: skip  (first: it loads the operators that the rest registers with)
 
-from . import filters, longconv, nn, packing, scan
+from . import filters, longconv, nn, packing, ring, scan
 from .attention import attention
 from .filters import (
     cauchy,
@@ -32,6 +32,7 @@ __all__ = [
     "nn",
     "pack",
     "packing",
+    "ring",
     "s4_filter",
     "s4_step",
     "s4d_filter",

@@ -29,6 +29,15 @@ def _gpus() -> tuple[list[str], list[str]]:
     return lines, usable
 
 
+def _nccl() -> str:
+    """What the ring goes over between GPUs."""
+    try:
+        version, path = _C.Communicator.nccl()
+    except RuntimeError as error:
+        return str(error)
+    return f"{version}, {path}"
+
+
 def main() -> int:
     cuda = f"CUDA {_C.cuda} for {_C.architectures}" if _C.has_cuda else "without CUDA"
     commit = f" (commit {_C.commit})" if _C.commit else ""
@@ -40,6 +49,8 @@ def main() -> int:
     print(f"Python   {platform.python_version()}, {platform.platform()}")
     for line in lines or ["none visible"]:
         print(f"GPU      {line}")
+    if usable:
+        print(f"NCCL     {_nccl()}")
 
     print("\nself-check, forward and backward, against float64:")
     failed = 0

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from ._boundaries import slack_rows
-from ._registration import _library, empty_gradient, register_autocast, register_gradient, wide_dtype
+from ._registration import empty_gradient, register_autocast, register_gradient, register_python_kernel, wide_dtype
 
 # The products within must not be cast again, and their backward may run under autocast too.
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -114,9 +114,8 @@ def _backward(
         return dxz, dconv_weight, dconv_bias, dx_proj, ddt_proj, dout_proj, dout_bias, dA, dD, ddt_bias
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("mamba_inner", _forward, _key)
-    _library.impl("mamba_inner_backward", _backward, _key)
+register_python_kernel("mamba_inner", _forward)
+register_python_kernel("mamba_inner_backward", _backward)
 
 
 @torch.library.register_fake("packseq::mamba_inner")

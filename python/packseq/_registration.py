@@ -8,6 +8,12 @@ from torch import Tensor
 _library = torch.library.Library("packseq", "IMPL")  # registrations last as long as it does
 
 
+def register_python_kernel(operator: str, kernel: Callable) -> None:
+    """Of an operator that is made of others."""
+    for key in ("CPU", "CUDA"):
+        _library.impl(operator, kernel, key)
+
+
 # ---- gradients
 
 

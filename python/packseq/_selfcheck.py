@@ -1,10 +1,15 @@
 """Each operator, forward and backward, against a plain computation in float64: what python -m packseq runs."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from .ring import shard
 
 Function = Callable[..., Tensor]
 LENGTHS = [5, 0, 64, 131, 1]
@@ -323,9 +328,85 @@ def _check_unpack(device: str, dtype: torch.dtype) -> float:
     return _largest_error(operator, exactly, [_random(sum(LENGTHS), 24, dtype=dtype)], device)
 
 
+def _check_attention_accumulate(device: str, dtype: torch.dtype) -> float:
+    """Keys in two parts: the first three of each sequence, and the others."""
+    q, k, v = (_random(sum(LENGTHS), heads, 64, dtype=dtype) for heads in (4, 2, 2))
+    cu_seqlens, lengths = _boundaries(device), torch.tensor(LENGTHS)
+    place = torch.cat([torch.arange(n) for n in LENGTHS])
+    total = torch.zeros(q.shape, device=device)
+    sums = torch.tensor([-torch.inf, 0.0], device=device).repeat(*q.shape[:2], 1)
+    for rows, begin, sizes in (
+        (place < 3, 0, lengths.clamp(max=3)),
+        (place >= 3, 3, (lengths - 3).clamp(min=0)),
+    ):
+        bounds = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).int().to(device)
+        positions = torch.tensor([0, begin], dtype=torch.int32, device=device).repeat(len(LENGTHS), 1)
+        tensors = [q.to(device), k[rows].to(device), v[rows].to(device), total, sums, cu_seqlens, bounds, positions]
+        torch.ops.packseq.attention_accumulate(*tensors, True, -1, -1, 0, 0.0, None, None)
+    return _error((total / sums[..., 1:]).to(dtype), _attention_in_float64(*map(_exact, (q, k, v))))
+
+
+# ---- the ring, with one rank
+
+
+@contextmanager
+def _one_rank() -> Iterator[dist.ProcessGroup]:
+    """A group of this process alone."""
+    alone = not dist.is_initialized()
+    if alone:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+        if alone:
+            dist.destroy_process_group()
+
+
+def _on_one_rank(call: Callable, exactly: Function, *heads: int) -> Callable[[str, torch.dtype], float]:
+    """The check of a call with tensors of the whole batch, of so many heads each, a sharding and a group's name."""
+
+    def check(device: str, dtype: torch.dtype) -> float:
+        inputs = [_random(sum(LENGTHS), n, 64, dtype=dtype) for n in heads]
+        sharding = shard(_boundaries("cpu"), 1)
+        with _one_rank() as group:
+            name = group.group_name
+            return _largest_error(lambda *x: call(*x, sharding.key, name), exactly, inputs, device)
+
+    return check
+
+
+def _ring_attention(q: Tensor, k: Tensor, v: Tensor, key: Tensor, group: str) -> Tensor:
+    return torch.ops.packseq.ring_attention(q, k, v, key, group, True, -1, -1, 0, 0.0, None, None, None)[0]
+
+
+def _ring_gather(x: Tensor, key: Tensor, group: str) -> Tensor:
+    return torch.ops.packseq.ring_gather(x, key, group, "all_rows", 0)[:, 0]
+
+
+def _ring_exchange(x: Tensor, key: Tensor, group: str) -> Tensor:
+    return torch.ops.packseq.ring_exchange([x], group, 1, None)[0]
+
+
+def _all_to_all(x: Tensor, key: Tensor, group: str) -> Tensor:
+    return torch.ops.packseq.all_to_all(x, group, [len(x)], [len(x)])
+
+
+def _ring_pieces(x: Tensor, key: Tensor, group: str) -> Tensor:
+    """The rows of x by the boundaries that came back."""
+    ends = torch.ops.packseq.ring_pieces(x, key, group, False)[0].tolist()
+    return torch.cat([x[a:b] for a, b in pairwise(ends)])
+
+
+def _ring_sums_beyond(x: Tensor, key: Tensor, group: str) -> Tensor:
+    return torch.ops.packseq.ring_sums_beyond(x, False)
+
+
 # Operator -> its check. Every forward operator of torch.ops.packseq has one; a test counts them.
 CHECKS: dict[str, Callable[[str, torch.dtype], float]] = {
     "attention": _check_attention,
+    "attention_accumulate": _check_attention_accumulate,
     "selective_scan": _check_selective_scan,
     "selective_scan_step": _check_selective_scan_step,
     "mamba_inner": _check_mamba_inner,
@@ -339,6 +420,12 @@ CHECKS: dict[str, Callable[[str, torch.dtype], float]] = {
     "s4_spectrum": _check_s4_spectrum,
     "pack": _check_pack,
     "unpack": _check_unpack,
+    "ring_attention": _on_one_rank(_ring_attention, _attention_in_float64, 4, 2, 2),
+    "ring_gather": _on_one_rank(_ring_gather, torch.clone, 2),
+    "ring_exchange": _on_one_rank(_ring_exchange, torch.clone, 2),
+    "all_to_all": _on_one_rank(_all_to_all, torch.clone, 2),
+    "ring_pieces": _on_one_rank(_ring_pieces, torch.clone, 2),
+    "ring_sums_beyond": _on_one_rank(_ring_sums_beyond, lambda x: x.flip(1).cumsum(1).flip(1) - x, 3),
 }
 # What takes complex numbers alone, of float32's precision.
 FILTERS = {"cauchy", "vandermonde", "vandermonde_transpose", "s4_spectrum"}

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .._registration import _library, register_autocast, register_gradient
+from .._registration import register_autocast, register_gradient, register_python_kernel
 from ..attention import _window
 from .attention_plan import Mask, Step, attention_plan
 from .exchange import Transfer, start
@@ -209,8 +209,8 @@ def _take_back(returning: tuple | None, dk: Tensor, dv: Tensor) -> None:
         total[rows] += part  # no row twice
 
 
-_library.impl("ring_attention", _ring_attention, "CompositeExplicitAutograd")
-_library.impl("ring_attention_backward", _ring_attention_backward, "CompositeExplicitAutograd")
+register_python_kernel("ring_attention", _ring_attention)
+register_python_kernel("ring_attention_backward", _ring_attention_backward)
 
 
 @torch.library.register_fake("packseq::ring_attention")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._registration import _library
+from .._registration import register_python_kernel
 from .gather import last_pieces, pieces_before
 from .groups import Group, group_of, name_of
 from .sharding import Sharding
@@ -87,8 +87,8 @@ def _ring_sums_beyond(x, before):
     return sums if before else sums.flip(1)
 
 
-_library.impl("ring_pieces", _ring_pieces, "CompositeExplicitAutograd")
-_library.impl("ring_sums_beyond", _ring_sums_beyond, "CompositeExplicitAutograd")
+register_python_kernel("ring_pieces", _ring_pieces)
+register_python_kernel("ring_sums_beyond", _ring_sums_beyond)
 torch.library.register_fake("packseq::ring_sums_beyond", lambda x, before: torch.empty_like(x))
 torch.library.register_autograd(
     "packseq::ring_sums_beyond",

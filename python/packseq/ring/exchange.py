@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._registration import _library
+from .._registration import register_python_kernel
 from .communicator import Exchange, communicator
 from .groups import Group, group_of, name_of, resolve
 
@@ -131,8 +131,8 @@ def _all_to_all(x, group, send_rows, recv_rows):
     return out
 
 
-_library.impl("ring_exchange", _ring_exchange, "CompositeExplicitAutograd")
-_library.impl("all_to_all", _all_to_all, "CompositeExplicitAutograd")
+register_python_kernel("ring_exchange", _ring_exchange)
+register_python_kernel("all_to_all", _all_to_all)
 
 
 @torch.library.register_fake("packseq::ring_exchange")

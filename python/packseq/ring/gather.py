@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .._registration import _library, register_gradient
+from .._registration import register_gradient, register_python_kernel
 from .exchange import run
 from .groups import Group, group_of, name_of
 from .sharding import Sharding
@@ -182,8 +182,8 @@ def _ring_gather_backward(dout, rows, key, group, what, number):
     return dx
 
 
-_library.impl("ring_gather", _ring_gather, "CompositeExplicitAutograd")
-_library.impl("ring_gather_backward", _ring_gather_backward, "CompositeExplicitAutograd")
+register_python_kernel("ring_gather", _ring_gather)
+register_python_kernel("ring_gather_backward", _ring_gather_backward)
 
 
 @torch.library.register_fake("packseq::ring_gather")
