@@ -1,5 +1,6 @@
 """States from piece to piece: what a sequence's earlier pieces, wherever they are, leave to its later ones."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from .._registration import register_python_kernel
 from .gather import last_pieces, pieces_before
-from .groups import Group, group_of, name_of
+from .groups import Group, group_of, name_of, resolve
 from .sharding import Sharding
 
 
@@ -21,6 +22,38 @@ class Pieces(NamedTuple):
 
 def pieces_of(sharding: Sharding, group: Group, like: Tensor, reverse: bool) -> Pieces:
     return Pieces(*torch.ops.packseq.ring_pieces(like, sharding.key, name_of(group), reverse))
+
+
+def of_carrying_pieces(
+    summaries: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    pieces: Pieces,
+    sharding: Sharding,
+    group: Group,
+    reverse: bool,
+) -> tuple[Tensor, Tensor]:
+    """``summaries(cu_seqlens, rows)``, which have a row for each piece: of the run of this rank's pieces that others of
+    their sequences follow, and the rows that they have; zeros for the rest. (Compiled, of all: which they are is not
+    known then.)"""
+    if torch.compiler.is_compiling():
+        return summaries(pieces.cu_seqlens, slice(None))
+    begin, end = _carrying(sharding, resolve(group).rank(), reverse)
+    bounds = sharding.local_cu_seqlens(resolve(group).rank())
+    first, last = bounds[begin].item(), bounds[end].item()
+    some = summaries(pieces.cu_seqlens[begin : end + 1] - first, slice(first, last))
+    count = len(bounds) - 1
+    return tuple(torch.cat([x.new_zeros(begin, *x.shape[1:]), x, x.new_zeros(count - end, *x.shape[1:])]) for x in some)
+
+
+def _carrying(sharding: Sharding, rank: int, reverse: bool) -> tuple[int, int]:
+    """From which to before which of a rank's pieces there are some that others of their sequences follow."""
+
+    def make() -> tuple[int, int]:
+        _, sequence, begin, end = sharding.pieces[sharding.of_rank[rank]].unbind(1)
+        follows = begin > 0 if reverse else end < sharding.cu_seqlens.diff()[sequence]
+        places = follows.nonzero()[:, 0]
+        return (int(places[0]), int(places[-1]) + 1) if len(places) else (0, 0)
+
+    return sharding.cached(("carrying", rank, reverse), make)
 
 
 def carried_states(

@@ -7,7 +7,7 @@ from torch import Tensor
 from .._boundaries import slack_rows
 from .._registration import widened
 from ..scan import causal_conv1d, selective_scan
-from .carry import Pieces, carried_states, pieces_of, states_of_sequences
+from .carry import carried_states, of_carrying_pieces, pieces_of, states_of_sequences
 from .gather import halo
 from .groups import Group
 from .sharding import Sharding
@@ -32,9 +32,9 @@ def ring_selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`packseq.selective_scan` of a batch whose rows are spread over ranks; every rank calls it with its own.
 
-    Each rank scans its pieces from zeros, for their final states alone. Those, and how far each piece decays what it
-    starts from, go to the ranks that have later pieces of the same sequences. From both each rank has the states that
-    its pieces start from, and scans them once more, for the outputs: no rank waits for another's scan.
+    Each rank scans those of its pieces that others go on from, from zeros, for their final states alone. Those, and how
+    far each piece decays what it starts from, go to the ranks that have later pieces of the same sequences. From both
+    each rank has the states that its pieces start from, and scans for the outputs: no rank waits for another's scan.
 
     Args:
         u, delta, z: this rank's rows, as :meth:`Sharding.shard` deals them out; more are slack. Token-dependent ``B``
@@ -55,8 +55,14 @@ def ring_selective_scan(
     """
     pieces = pieces_of(sharding, group, u, reverse)
     options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "reverse": reverse}
-    _, finals = selective_scan(u, delta, A, B, C, pieces.cu_seqlens, return_final_states=True, **options)
-    steps = _sums(_step_sizes(delta, delta_bias, delta_softplus, A, pieces), pieces)
+
+    def summaries(cu_seqlens: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        some = u[rows], delta[rows], A, *(x[rows] if x.dim() == 3 else x for x in (B, C))
+        _, finals = selective_scan(*some, cu_seqlens, return_final_states=True, **options)
+        steps = _step_sizes(some[1], delta_bias, delta_softplus, A, cu_seqlens)
+        return finals, torch.segment_reduce(steps, "sum", offsets=cu_seqlens.long(), axis=0)
+
+    finals, steps = of_carrying_pieces(summaries, pieces, sharding, group, reverse)
     states = carried_states(finals, steps, A, pieces, sharding, group, initial_states, reverse)
     options |= {"D": D, "z": z, "initial_states": states, "return_final_states": return_final_states}
     out = selective_scan(u, delta, A, B, C, pieces.cu_seqlens, **options)
@@ -104,14 +110,9 @@ def ring_causal_conv1d(
     return out[0], states_of_sequences(out[1], sharding, group, initial_states, reverse)
 
 
-def _step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool, A: Tensor, pieces: Pieces) -> Tensor:
+def _step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool, A: Tensor, cu_seqlens: Tensor) -> Tensor:
     """As the scan has them, zeros in slack rows, in the states' real dtype."""
-    slack = slack_rows(pieces.cu_seqlens, delta.shape[0])[:, None]
+    slack = slack_rows(cu_seqlens, delta.shape[0])[:, None]
     steps = delta.masked_fill(slack, 0).to(A.real.dtype)
     steps = steps if bias is None else steps + bias
     return F.softplus(steps) if softplus else steps
-
-
-def _sums(x: Tensor, pieces: Pieces) -> Tensor:
-    """Of each piece's rows."""
-    return torch.segment_reduce(x, "sum", offsets=pieces.cu_seqlens.long(), axis=0)
