@@ -46,10 +46,12 @@ struct BackwardFacts {
 // Tile shapes. Accumulators of dK and dV fill the registers: up to 64 columns a warp owns 32 keys; beyond, two warps
 // share their keys, each computing the scores of half of the queries and owning half of the columns of dK and dV, and
 // what the one computed the other reads from shared memory. kSmall fits the 99 KiB of sm_86 and sm_89.
-template <int kDim_, bool kSmall_>
+//
+// kAdds: dK and dV are added, in float32, to what other queries gave (AttentionBackward::delta).
+template <int kDim_, bool kSmall_, bool kAdds_>
 struct BackwardConfig {
   static constexpr int kDim = kDim_;
-  static constexpr bool kSmall = kSmall_;
+  static constexpr bool kSmall = kSmall_, kAdds = kAdds_;
   static constexpr int kSplit = kDim <= 64 ? 1 : 2;  // warps that share their keys
   static constexpr int kWarps = kDim <= 64 || (kSmall && kDim == 256) ? 4 : 8, kThreads = 32 * kWarps;
   static constexpr int kKeyTiles = kDim <= 64 || (!kSmall && kDim <= 128) ? 2 : 1;  // of 16 keys, for each warp
@@ -471,29 +473,29 @@ class BackwardBlock {
 
   // dK and dV through the keys' and values' shared memory, which nobody reads any more, to whole rows.
   __device__ void finish() const {
-    if (params_.call.delta) {
+    if constexpr (C::kAdds) {
       add(dk_, float(p_.scale), params_.call.dk, p_.dim);
       add(dv_, 1.0f, params_.call.dv, p_.dim_v);
-      return;
+    } else {
+      stage(dk_, shared_k_, float(p_.scale));
+      stage(dv_, shared_v(), 1.0f);
+      __syncthreads();
+      store(params_.call.dk, shared_k_, p_.dim);
+      store(params_.call.dv, shared_v(), p_.dim_v);
     }
-    stage(dk_, shared_k_, float(p_.scale));
-    stage(dv_, shared_v(), 1.0f);
-    __syncthreads();
-    store(params_.call.dk, shared_k_, p_.dim);
-    store(params_.call.dv, shared_v(), p_.dim_v);
   }
 
   // To what other queries gave, in float32.
   __device__ void add(const Accumulator& sum, float by, void* gradient, int dim) const {
-    const int first_col = half_ * kCols;
+    const int first_col = half_ * kCols, lane = afresh(lane_);
 #pragma unroll
     for (int m = 0; m < C::kKeyTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int key = key_block_ * C::kKeys + warp_key_ + 16 * m + 8 * r + lane_ / 4;
+        const int key = key_block_ * C::kKeys + warp_key_ + 16 * m + 8 * r + lane / 4;
         if (key >= facts_.mask.len_k) continue;
         float* const row =
-            static_cast<float*>(gradient) + ((int64_t(k_begin_) + key) * p_.kv_heads + kv_head_) * dim + lane_ % 4 * 2;
+            static_cast<float*>(gradient) + ((int64_t(k_begin_) + key) * p_.kv_heads + kv_head_) * dim + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < kColTiles; ++n) {
           const int col = first_col + 8 * n;
@@ -555,7 +557,7 @@ class BackwardBlock {
 template <class T, class C>
 __device__ void zero_slack_keys(const AttentionBackward& call, int block, int kv_head) {
   const AttentionProblem& p = call.problem;
-  if (call.delta) return;
+  if (C::kAdds) return;
   const Span slack = span_of(p.cu_seqlens_k, p.sequences, p.total_k, p.sequences);
   const auto zero = [&](void* out, int dim) {
     for (int i = threadIdx.x; i < C::kKeys * dim / 8; i += C::kThreads) {
@@ -600,10 +602,12 @@ void backward(const AttentionBackward& call, const BackwardScratch& scratch, boo
   const BackwardParams params = {
       .call = call, .scratch = scratch, .tiles = key_tiles, .group = call.problem.heads / call.problem.kv_heads};
   dispatch<false, true>("small", small, [&](auto small_c) {
-    using C = BackwardConfig<kDim, small_c && kDim != 64>;
-    static_assert(C::kKeys == backward_rows(kDim, small_c) && C::kQueries == turn_rows(kDim));
-    static_assert(C::kSharedBytes <= (C::kSmall || kDim == 64 ? 99 * 1024 : kLargeShared));
-    launch_backward<T, C>(params, places, stream);
+    dispatch<false, true>("adds", call.delta != nullptr, [&](auto adds) {
+      using C = BackwardConfig<kDim, small_c && kDim != 64, adds>;
+      static_assert(C::kKeys == backward_rows(kDim, small_c) && C::kQueries == turn_rows(kDim));
+      static_assert(C::kSharedBytes <= (C::kSmall || kDim == 64 ? 99 * 1024 : kLargeShared));
+      launch_backward<T, C>(params, places, stream);
+    });
   });
 }
 
