@@ -2,9 +2,11 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "attention/attention.h"
@@ -218,5 +220,119 @@ struct Reference {
     }
   }
 };
+
+// The same in two calls: with the first third of every sequence's keys, then with the others. What is added to starts
+// at kBefore in slack rows, which must stay.
+struct Parts {
+  static constexpr double kBefore = 7;
+  std::vector<int32_t> cu_q[2], cu_k[2], positions[2];  // two sequences for each: in one of them no query
+  Tensor out, sums, dq, dk, dv, delta;
+
+  explicit Parts(const Attention& a)
+      : out(a.stat, a.q.total, a.c.heads, a.c.dim_v),
+        sums(a.stat, a.q.total, a.c.heads, 2),
+        dq(a.stat, a.q.total, a.c.heads, a.c.dim),
+        dk(a.stat, a.k.total, a.c.kv_heads, a.c.dim),
+        dv(a.stat, a.k.total, a.c.kv_heads, a.c.dim_v),
+        delta(a.stat, a.q.total, a.c.heads, 1) {
+    for (int part : {0, 1}) {
+      cu_q[part] = cu_k[part] = {0};
+      for (size_t s = 0; s + 1 < a.cu_q.size(); ++s) {
+        const int len_k = a.cu_k[s + 1] - a.cu_k[s], level = len_k - (a.cu_q[s + 1] - a.cu_q[s]), cut = len_k / 3;
+        const int q_end = a.cu_q[s + 1], q_begin = a.cu_q[s];
+        cu_q[part].insert(cu_q[part].end(), {part == 0 ? q_end : q_begin, q_end});
+        cu_k[part].insert(cu_k[part].end(), {a.cu_k[s] + cut, a.cu_k[s + 1]});
+        positions[part].insert(positions[part].end(), {level, 0, level, cut});
+      }
+    }
+    for (Tensor* x : {&out, &dq}) start(*x, a.cu_q.back());
+    for (Tensor* x : {&dk, &dv}) start(*x, a.cu_k.back());
+    start(sums, a.cu_q.back());
+    for (int64_t t = 0; t < a.cu_q.back(); ++t)
+      for (int h = 0; h < a.c.heads; ++h) sums.set(t, h, 0, -std::numeric_limits<double>::infinity());
+  }
+
+  // With the boundaries' and positions' addresses.
+  static AttentionProblem problem(AttentionProblem whole, const int32_t* cu_q, const int32_t* cu_k,
+                                  const int32_t* positions) {
+    whole.sequences *= 2;
+    whole.cu_seqlens_q = cu_q, whole.cu_seqlens_k = cu_k, whole.positions = positions;
+    return whole;
+  }
+
+  // From the sums, the results of `a` that the backward needs, and its delta.
+  void finish_forward(Attention& a) {
+    for (int64_t t = 0; t < a.cu_q.back(); ++t) {
+      for (int h = 0; h < a.c.heads; ++h) {
+        const double sum = sums.at(t, h, 1);
+        a.lse.set(t, h, 0, sums.at(t, h, 0) * std::log(2.0) + std::log(sum));
+        double dot = a.c.dlse ? -a.dlse.at(t, h) : 0;
+        for (int d = 0; d < a.c.dim_v; ++d) {
+          a.out.set(t, h, d, sum == 0 ? 0 : out.at(t, h, d) / sum);
+          dot += a.out.at(t, h, d) * a.dout.at(t, h, d);
+        }
+        delta.set(t, h, 0, dot);
+      }
+    }
+    for (Tensor* x : {&a.out, &a.lse}) move_slack(*x, out, a.cu_q.back());
+  }
+
+  void finish_backward(Attention& a) {
+    for (auto [to, from, rows] :
+         {std::tuple{&a.dq, &dq, a.cu_q.back()}, {&a.dk, &dk, a.cu_k.back()}, {&a.dv, &dv, a.cu_k.back()}}) {
+      for (int64_t t = 0; t < rows; ++t)
+        for (int64_t h = 0; h < to->heads; ++h)
+          for (int64_t d = 0; d < to->dim; ++d) to->set(t, h, d, from->at(t, h, d));
+      move_slack(*to, *from, rows);
+    }
+  }
+
+ private:
+  static void start(Tensor& x, int64_t rows) {
+    for (int64_t t = 0; t < x.total; ++t)
+      for (int64_t h = 0; h < x.heads; ++h)
+        for (int64_t d = 0; d < x.dim; ++d) x.set(t, h, d, t < rows ? 0 : kBefore);
+  }
+
+  // Zeros, as if the call had written them, where the slack rows are as before; else they stay NaN.
+  static void move_slack(Tensor& to, const Tensor& from, int64_t rows) {
+    bool same = true;
+    for (int64_t t = rows; t < from.total; ++t)
+      for (int64_t h = 0; h < from.heads; ++h)
+        for (int64_t d = 0; d < from.dim; ++d) same &= from.at(t, h, d) == kBefore;
+    for (int64_t t = rows; t < to.total && same; ++t)
+      for (int64_t h = 0; h < to.heads; ++h)
+        for (int64_t d = 0; d < to.dim; ++d) to.set(t, h, d, 0);
+  }
+};
+
+// f(case, seed) for combinations of mask and score options.
+template <class Dtypes, class F>
+void for_every_option_in_parts(const Dtypes& dtypes, const F& f) {
+  unsigned seed = 0;
+  for (bool causal : {false, true})
+    for (auto [left, right] : {std::pair{-1, -1}, {5, 3}, {130, 150}})
+      for (int sink_tokens : {0, 30})
+        for (bool scores : {false, true}) {
+          const Dtype dtype = dtypes[seed % std::size(dtypes)];
+          f(Case{.len_q = {5, 0, 90, 33},
+                 .len_k = {7, 2, 170, 20},
+                 .heads = 4,
+                 .kv_heads = 2,
+                 .dim = 40,
+                 .dim_v = 72,
+                 .dtype = dtype,
+                 .causal = causal,
+                 .window_left = left,
+                 .window_right = right,
+                 .sink_tokens = sink_tokens,
+                 .softcap = scores ? 2.0 : 0.0,
+                 .alibi = scores,
+                 .dlse = seed % 2 == 0,
+                 .name = "in parts, case " + std::to_string(seed)},
+            seed + 1);
+          ++seed;
+        }
+}
 
 }  // namespace packseq::testing

@@ -12,10 +12,8 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-void expect_right(const Case& c, unsigned seed = 1) {
-  Attention a(c, seed);
-  a.forward(threaded());
-  a.backward(threaded());
+void expect_right(const Attention& a) {
+  const Case& c = a.c;
   const Reference want(a);
   const double t = tolerance(c.dtype);
   expect_close(a.out, want.out, t, c.name + ": out");
@@ -24,6 +22,46 @@ void expect_right(const Case& c, unsigned seed = 1) {
   expect_close(a.dk, want.dk, 2 * t, c.name + ": dk");
   expect_close(a.dv, want.dv, 2 * t, c.name + ": dv");
   if (c.sinks) expect_close(a.dsinks, want.dsinks, 4 * t, c.name + ": dsinks");
+}
+
+void expect_right(const Case& c, unsigned seed = 1) {
+  Attention a(c, seed);
+  a.forward(threaded());
+  a.backward(threaded());
+  expect_right(a);
+}
+
+void expect_right_in_parts(const Case& c, unsigned seed) {
+  Attention a(c, seed);
+  Parts parts(a);
+  const auto problem = [&](int i) {
+    return Parts::problem(a.problem(), parts.cu_q[i].data(), parts.cu_k[i].data(), parts.positions[i].data());
+  };
+  for (int i : {0, 1}) {
+    attention_forward({.problem = problem(i),
+                       .out = parts.out.memory.data(),
+                       .lse = nullptr,
+                       .workspace = nullptr,
+                       .sums = parts.sums.memory.data()},
+                      threaded());
+  }
+  parts.finish_forward(a);
+  for (int i : {0, 1}) {
+    attention_backward({.problem = problem(i),
+                        .dout = a.dout.packed(),
+                        .out = nullptr,
+                        .lse = a.lse.memory.data(),
+                        .dlse = nullptr,
+                        .dq = parts.dq.memory.data(),
+                        .dk = parts.dk.memory.data(),
+                        .dv = parts.dv.memory.data(),
+                        .dsinks = nullptr,
+                        .workspace = nullptr,
+                        .delta = parts.delta.memory.data()},
+                       threaded());
+  }
+  parts.finish_backward(a);
+  expect_right(a);
 }
 
 const Dtype kDtypes[] = {Dtype::f32, Dtype::f64, Dtype::f16, Dtype::bf16};
@@ -121,6 +159,8 @@ TEST(AttentionCpu, EveryOption) {
                            ++seed);
             }
 }
+
+TEST(AttentionCpu, KeysInParts) { for_every_option_in_parts(kDtypes, expect_right_in_parts); }
 
 TEST(AttentionCpu, Scales) {
   for (double scale : {0.0, -0.4, 1.0, 8.0}) {

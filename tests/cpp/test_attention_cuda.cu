@@ -37,6 +37,11 @@ struct DeviceTensor {
   }
 };
 
+void download(Tensor& to, const Bytes& from) {
+  const std::vector<char> values = from.values();
+  std::copy(values.begin(), values.end(), to.memory.data());
+}
+
 // The tensors of a call on the GPU. Outputs and workspaces hold NaN before it.
 struct OnGpu {
   Attention& a;
@@ -96,12 +101,8 @@ struct OnGpu {
   }
 
   void download() const {
-    const auto copy = [](Tensor& to, const Bytes& from) {
-      const std::vector<char> values = from.values();
-      std::copy(values.begin(), values.end(), to.memory.data());
-    };
-    copy(a.out, out), copy(a.lse, lse);
-    copy(a.dq, dq), copy(a.dk, dk), copy(a.dv, dv), copy(a.dsinks, dsinks);
+    testing::download(a.out, out), testing::download(a.lse, lse), testing::download(a.dq, dq);
+    testing::download(a.dk, dk), testing::download(a.dv, dv), testing::download(a.dsinks, dsinks);
   }
 };
 
@@ -112,9 +113,8 @@ void run(Attention& a, int64_t gap = 0) {
   gpu.download();
 }
 
-void expect_right(const Case& c, unsigned seed = 1, int64_t gap = 0) {
-  Attention a(c, seed);
-  run(a, gap);
+void expect_right(const Attention& a) {
+  const Case& c = a.c;
   const Reference want(a);
   const double t = tolerance(c.dtype);
   expect_close(a.out, want.out, t, c.name + ": out");
@@ -123,6 +123,59 @@ void expect_right(const Case& c, unsigned seed = 1, int64_t gap = 0) {
   expect_close(a.dk, want.dk, 2 * t, c.name + ": dk");
   expect_close(a.dv, want.dv, 2 * t, c.name + ": dv");
   if (c.sinks) expect_close(a.dsinks, want.dsinks, 4 * t, c.name + ": dsinks");
+}
+
+void expect_right(const Case& c, unsigned seed = 1, int64_t gap = 0) {
+  Attention a(c, seed);
+  run(a, gap);
+  expect_right(a);
+}
+
+std::vector<char> bytes_of(const Tensor& x) { return {x.memory.data(), x.memory.data() + x.memory.bytes()}; }
+
+void expect_right_in_parts(const Case& c, unsigned seed) {
+  Attention a(c, seed);
+  Parts parts(a);
+  const OnGpu gpu(a);
+  const Bytes out(bytes_of(parts.out)), sums(bytes_of(parts.sums)), dq(bytes_of(parts.dq)), dk(bytes_of(parts.dk)),
+      dv(bytes_of(parts.dv));
+  const auto with_part = [&](int i, const auto& f) {
+    const DeviceArray<int32_t> cu_q(parts.cu_q[i]), cu_k(parts.cu_k[i]), positions(parts.positions[i]);
+    f(Parts::problem(gpu.problem(), cu_q.data(), cu_k.data(), positions.data()));
+  };
+  for (int i : {0, 1}) {
+    with_part(i, [&](const AttentionProblem& p) {
+      const Bytes workspace(int64_t(attention_forward_workspace(p)));
+      attention_forward(
+          {.problem = p, .out = out.data(), .lse = nullptr, .workspace = workspace.data(), .sums = sums.data()},
+          nullptr);
+      workspace.values();
+    });
+  }
+  download(parts.out, out), download(parts.sums, sums);
+  parts.finish_forward(a);
+  const Bytes lse(bytes_of(a.lse)), delta(bytes_of(parts.delta));
+  for (int i : {0, 1}) {
+    with_part(i, [&](const AttentionProblem& p) {
+      const Bytes workspace(int64_t(attention_backward_workspace(p)));
+      attention_backward({.problem = p,
+                          .dout = gpu.dout.packed(),
+                          .out = nullptr,
+                          .lse = lse.data(),
+                          .dlse = nullptr,
+                          .dq = dq.data(),
+                          .dk = dk.data(),
+                          .dv = dv.data(),
+                          .dsinks = nullptr,
+                          .workspace = workspace.data(),
+                          .delta = delta.data()},
+                         nullptr);
+      workspace.values();
+    });
+  }
+  download(parts.dq, dq), download(parts.dk, dk), download(parts.dv, dv);
+  parts.finish_backward(a);
+  expect_right(a);
 }
 
 class AttentionCuda : public GpuTest {};
@@ -255,6 +308,25 @@ TEST_F(AttentionCuda, EveryOption) {
                                     std::to_string(alibi) + " sinks " + std::to_string(sinks)},
                            ++seed);
             }
+}
+
+TEST_F(AttentionCuda, KeysInParts) { for_every_option_in_parts(kDtypes, expect_right_in_parts); }
+
+TEST_F(AttentionCuda, KeysInPartsForEveryDim) {
+  for (Dtype t : kDtypes) {
+    for (int dim : {8, 64, 96, 128, 192, 256}) {
+      expect_right_in_parts({.len_q = {0, 1, 63, 130},
+                             .heads = 4,
+                             .kv_heads = 2,
+                             .dim = dim,
+                             .dim_v = dim,
+                             .dtype = t,
+                             .causal = true,
+                             .scale = 1 / std::sqrt(double(dim)),
+                             .name = std::string(name_of(t)) + " in parts, dim " + std::to_string(dim)},
+                            1);
+    }
+  }
 }
 
 TEST_F(AttentionCuda, Scales) {
