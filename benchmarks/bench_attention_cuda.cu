@@ -1,4 +1,5 @@
-// Attention on the GPU through the C++ API, bfloat16, forward and backward, over attention_cases.txt.
+// Attention on the GPU through the C++ API, bfloat16, forward and backward, over attention_cases.txt; also as a step of
+// a ring, which adds its results in float32 to those of other keys.
 #include "attention/attention.h"
 #include "attention_cases.h"
 #include "device_memory.cuh"
@@ -80,7 +81,7 @@ const std::vector<Case>& cases() {
   return all;
 }
 
-template <bool kBackward>
+template <bool kBackward, bool kAdds>
 void attention(nvbench::state& state) {
   const Case& c = find_case(cases(), state.get_string("Case"));
   const cudaStream_t stream = state.get_cuda_stream();
@@ -96,6 +97,19 @@ void attention(nvbench::state& state) {
   check_cuda(cudaDeviceSynchronize(), "inputs");
   attention_forward(forward, stream);
   check_cuda(cudaStreamSynchronize(stream), "attention");
+  if constexpr (kAdds) {
+    const int64_t rows = c.total() * c.heads;
+    const auto zeros = [&](int64_t count) {
+      float* x = memory.take<float>(count);
+      check_cuda(cudaMemset(x, 0, size_t(count) * sizeof(float)), "zeros");
+      return x;
+    };
+    forward.out = zeros(rows * c.dim);
+    forward.sums = zeros(rows * 2);
+    backward.out = nullptr;
+    backward.delta = zeros(rows);
+    for (void** gradient : {&backward.dq, &backward.dk, &backward.dv}) *gradient = zeros(rows * c.dim);
+  }
 
   state.add_global_memory_reads(size_t(c.bytes(kBackward, sizeof(Half))), "least bytes");
   state.exec(nvbench::exec_tag::no_batch, [&](nvbench::launch& call) {
@@ -108,22 +122,23 @@ void attention(nvbench::state& state) {
   add_flops(state, c.flops(kBackward), peak);
 }
 
-void attention_forward_bf16(nvbench::state& state) { attention<false>(state); }
-void attention_backward_bf16(nvbench::state& state) { attention<true>(state); }
+void attention_forward_bf16(nvbench::state& state) { attention<false, false>(state); }
+void attention_backward_bf16(nvbench::state& state) { attention<true, false>(state); }
+void ring_step_forward_bf16(nvbench::state& state) { attention<false, true>(state); }
+void ring_step_backward_bf16(nvbench::state& state) { attention<true, true>(state); }
 
 // Short, so that the table takes a minute; the clock falls under such loads, which is no reason to leave runs out.
-NVBENCH_BENCH(attention_forward_bf16)
-    .add_string_axis("Case", names_of(cases()))
-    .set_criterion_param_float64("min-time", 0.05)
-    .set_criterion_param_float64("max-noise", 0.01)
-    .set_throttle_threshold(0)
-    .set_timeout(1);
-NVBENCH_BENCH(attention_backward_bf16)
-    .add_string_axis("Case", names_of(cases()))
-    .set_criterion_param_float64("min-time", 0.05)
-    .set_criterion_param_float64("max-noise", 0.01)
-    .set_throttle_threshold(0)
-    .set_timeout(1);
+#define PACKSEQ_BENCH(name)                           \
+  NVBENCH_BENCH(name)                                 \
+      .add_string_axis("Case", names_of(cases()))     \
+      .set_criterion_param_float64("min-time", 0.05)  \
+      .set_criterion_param_float64("max-noise", 0.01) \
+      .set_throttle_threshold(0)                      \
+      .set_timeout(1)
+PACKSEQ_BENCH(attention_forward_bf16);
+PACKSEQ_BENCH(attention_backward_bf16);
+PACKSEQ_BENCH(ring_step_forward_bf16);
+PACKSEQ_BENCH(ring_step_backward_bf16);
 
 }  // namespace
 }  // namespace packseq::bench
