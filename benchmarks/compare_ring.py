@@ -39,7 +39,7 @@ class InSteps:
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         results = []
         for rank, (q, _, v, _) in enumerate(self.ranks):
-            out = q.new_zeros(*q.shape[:2], v.shape[2], dtype=torch.float32)
+            out = q.new_empty(*q.shape[:2], v.shape[2], dtype=torch.float32)
             sums = q.new_zeros(*q.shape[:2], 2, dtype=torch.float32)
             sums[..., 0] = -math.inf
             for step in filter(None, self.plans[rank]):

@@ -48,7 +48,7 @@ def runs(parts: int) -> list[list[tuple[int, int]]]:
 def in_parts(q: Tensor, k: Tensor, v: Tensor, arguments: list, dout: Tensor, parts: int) -> list[Tensor]:
     """Every part of the keys for all queries, these cut in parts of their own: out, lse, dq, dk, dv."""
     kind = statistics(q.dtype)
-    out = q.new_zeros(*q.shape[:2], v.shape[2], dtype=kind)
+    out = q.new_full((*q.shape[:2], v.shape[2]), math.nan, dtype=kind)  # not read before the first key
     sums = torch.stack([q.new_full(q.shape[:2], -math.inf, dtype=kind), q.new_zeros(q.shape[:2], dtype=kind)], 2)
     begins = boundaries(LENGTHS, "cpu").tolist()
     cuts = runs(parts)

@@ -60,7 +60,7 @@ struct AttentionForward {
 
   // Not nullptr: [total_q, heads, 2], with e a whole number in units of log 2,
   //   out += sum_j exp(s[i, j] - e log 2) v[j]        in the statistics' type
-  //   sums = (e, sum_j exp(s[i, j] - e log 2))        (-inf, 0) before the first key
+  //   sums = (e, sum_j exp(s[i, j] - e log 2))        (-inf, 0) before the first key: then out may hold anything
   // where what stood there is brought to the new e, which is exact. lse and sinks are nullptr; slack rows stay.
   void* sums = nullptr;
 };

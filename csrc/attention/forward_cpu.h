@@ -263,7 +263,7 @@ class ForwardTile {
     const double top = double(top_[row]) * double(exponent_), level = __builtin_ceil(top);
     const double before = sums[0], both = before > level ? before : level;
     const Real keep = Real(__builtin_exp2(before - both)), factor = Real(__builtin_exp2(top - both));
-    for (int64_t d = 0; d < p_.dim_v; ++d) out[d] = out[d] * keep + values[d] * factor;
+    for (int64_t d = 0; d < p_.dim_v; ++d) out[d] = (keep == 0 ? 0 : out[d] * keep) + values[d] * factor;
     sums[0] = Real(both);
     sums[1] = sums[1] * keep + sum_[row] * factor;
   }

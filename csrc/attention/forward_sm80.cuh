@@ -294,7 +294,7 @@ class ForwardBlock {
         for (int n = 0; n < kOutTiles; ++n) {
           if (8 * n >= p_.dim_v) break;
           float2* const at = reinterpret_cast<float2*>(out + 8 * n);
-          const float2 x = *at;
+          const float2 x = keep == 0.0f ? float2{} : *at;
           *at = {x.x * keep + out_[m][n][2 * r] * by, x.y * keep + out_[m][n][2 * r + 1] * by};
         }
       }

@@ -248,8 +248,12 @@ struct Parts {
     for (Tensor* x : {&out, &dq}) start(*x, a.cu_q.back());
     for (Tensor* x : {&dk, &dv}) start(*x, a.cu_k.back());
     start(sums, a.cu_q.back());
-    for (int64_t t = 0; t < a.cu_q.back(); ++t)
-      for (int h = 0; h < a.c.heads; ++h) sums.set(t, h, 0, -std::numeric_limits<double>::infinity());
+    for (int64_t t = 0; t < a.cu_q.back(); ++t) {
+      for (int h = 0; h < a.c.heads; ++h) {
+        sums.set(t, h, 0, -std::numeric_limits<double>::infinity());
+        for (int d = 0; d < a.c.dim_v; ++d) out.set(t, h, d, std::nan(""));  // not read then
+      }
+    }
   }
 
   // With the boundaries' and positions' addresses.

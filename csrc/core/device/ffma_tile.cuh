@@ -166,13 +166,13 @@ struct FfmaTile {
     for_each_chunk(sums, by, out, stride, rows, cols, [](int, float4* to, float4 x) { *to = x; });
   }
 
-  // Adds them to keep(i) times what is there.
+  // Adds them to keep(i) times what is there, which is not read where that is 0.
   template <class F, class G>
   __device__ __forceinline__ static void add(const Sums& sums, const F& by, const G& keep, float* out, int64_t stride,
                                              int32_t rows, int cols) {
     for_each_chunk(sums, by, out, stride, rows, cols, [&](int i, float4* to, float4 x) {
-      const float4 y = *to;
       const float factor = keep(i);
+      const float4 y = factor == 0.0f ? float4{} : *to;
       *to = {y.x * factor + x.x, y.y * factor + x.y, y.z * factor + x.z, y.w * factor + x.w};
     });
   }

@@ -149,7 +149,7 @@ def _ring_attention(q, k, v, key, group, *options):
     q, k, v = heads.split([q], [k, v])
     sums = q.new_zeros(*q.shape[:2], 2, dtype=statistics)
     sums[..., 0] = -math.inf
-    total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=statistics)
+    total = q.new_empty(*q.shape[:2], v.shape[2], dtype=statistics)
     for step, keys in ring.with_keys(k, v):
         for call in step.calls if step and q.shape[1] else ():
             torch.ops.packseq.attention_accumulate(q, *keys, total, sums, *call, *ring.options)
