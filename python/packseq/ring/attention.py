@@ -8,7 +8,8 @@ from torch import Tensor
 from .._registration import register_autocast, register_gradient, register_python_kernel
 from ..attention import _window
 from .attention_plan import Mask, Step, attention_plan
-from .exchange import Transfer, start
+from .communicator import communicator
+from .exchange import Transfer, needs_communicator, start
 from .groups import Group, group_of, name_of
 from .heads import Heads
 from .sharding import Sharding
@@ -95,6 +96,8 @@ class _Ring:
             lambda: attention_plan(ring, mask, rank // self.width, q.device),
         )
         self.world, self.rank = ring.world, rank
+        if needs_communicator(q.device, self.group):
+            communicator(self.group)
         slopes = None if alibi_slopes is None else alibi_slopes[self.heads.of_q]
         scale = q.shape[2] ** -0.5 if scale is None else scale
         self.options = (causal, left, right, sink_tokens, softcap, slopes, scale)

@@ -1,6 +1,7 @@
 """Tensors between ranks: several sends and receives at once, and the operators ring_exchange and all_to_all."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -80,10 +81,8 @@ class Transfer:
 
     def wait(self) -> None:
         for work, what in self._works:
-            try:
+            with _named(what):
                 work.wait()
-            except RuntimeError as error:
-                raise RuntimeError(f"ring: {what} failed on rank {dist.get_rank()}: {error}") from error
         self._works = []
 
 
@@ -94,7 +93,7 @@ def start(
     stay at home. ``step`` is what an error calls it. Both ends name each other in the same order."""
     device = next((x.device for x, _ in (*sends, *receives)), torch.device("cpu"))
     sends, receives = ([(x, peer) for x, peer in xs if x.numel()] for xs in (sends, receives))
-    if device.type == "cuda":
+    if needs_communicator(device, group):
         return communicator(group).exchange(sends, receives, step)
     rank = group.rank()
     mine = [x for x, peer in sends if peer == rank]
@@ -105,8 +104,23 @@ def start(
         for x, peer in xs:
             if peer != rank:
                 what = f"{step} ({way} rank {dist.get_global_rank(group, peer)})"
-                works.append((call(x.view(-1).view(torch.uint8), group=group, **{key: peer}), what))
+                with _named(what):
+                    works.append((call(x.view(-1).view(torch.uint8), group=group, **{key: peer}), what))
     return Transfer(works)
+
+
+def needs_communicator(device: torch.device, group: ProcessGroup) -> bool:
+    """Whether transfers go over one. All ranks of the group must then have come to ``communicator(group)`` before some
+    of them have anything to send."""
+    return device.type == "cuda" and group.size() > 1
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"ring: {what} failed on rank {dist.get_rank()}: {error}") from error
 
 
 def run(sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: ProcessGroup, step: str) -> None:
