@@ -9,6 +9,7 @@ It works inside any torch.distributed job, and launches nothing itself::
 Between CPU tensors it goes over the group's own backend (Gloo), between CUDA tensors over a communicator of ours.
 """
 
+from . import nn
 from .attention import ring_attention
 from .batches import pack_batches
 from .communicator import Communicator, communicator
@@ -27,6 +28,7 @@ __all__ = [
     "Sharding",
     "all_to_all",
     "communicator",
+    "nn",
     "pack_batches",
     "plan",
     "ring_attention",

@@ -95,7 +95,8 @@ def states_of_sequences(
     last = last_pieces(finals, sharding, group, reverse)
     if initial_states is None:
         return last
-    empty = (sharding.cu_seqlens.diff() == 0).to(finals.device)
+    device = finals.device
+    empty = sharding.cached(("empty sequences", device), lambda: (sharding.cu_seqlens.diff() == 0).to(device))
     return torch.where(empty.view(-1, *[1] * (last.dim() - 1)), initial_states, last)
 
 

@@ -52,12 +52,8 @@ def _table_of_halo(sharding: Sharding, width: int) -> tuple[Tensor, int]:
     row = begin[:, None] - width + ahead if width >= 0 else end[:, None] - 1 - width - ahead
     length = sharding.cu_seqlens.diff()[sequence][:, None]
     exists = (row >= 0) & (row < length)
-    place = sharding.places()[(sharding.cu_seqlens[sequence][:, None] + row)[exists]]
-    ends = torch.tensor(sharding.sizes).cumsum(0)
-    owner = torch.searchsorted(ends, place, right=True)
     table = torch.stack([rank[:, None].expand_as(row), torch.full_like(row, -1), torch.full_like(row, -1)], 2)
-    table[exists, 1] = owner
-    table[exists, 2] = place - (ends - torch.tensor(sharding.sizes))[owner]
+    table[exists, 1], table[exists, 2] = sharding.holders((sharding.cu_seqlens[sequence][:, None] + row)[exists])
     return table.reshape(-1, 3), abs(width)
 
 
@@ -87,16 +83,14 @@ def _table_of_pieces_before(sharding: Sharding, direction: int) -> tuple[Tensor,
 
 def _table_of_last_pieces(sharding: Sharding, direction: int) -> tuple[Tensor, int]:
     rank, place, sequence, _ = _chains(sharding, direction)
+    is_last = torch.cat([sequence.diff() != 0, torch.ones(len(sequence[:1]), dtype=torch.bool)])
     last = torch.full((sharding.sequences, 2), -1)
-    last[sequence] = torch.stack([rank, place], 1)  # the last one stays: assignment in order, on the CPU
+    last[sequence[is_last]] = torch.stack([rank, place], 1)[is_last]
     return _to_all(last, sharding.world), 1
 
 
 def _table_of_all_rows(sharding: Sharding, _: int) -> tuple[Tensor, int]:
-    ends = torch.tensor(sharding.sizes).cumsum(0)
-    place = sharding.places()
-    owner = torch.searchsorted(ends, place, right=True)
-    return _to_all(torch.stack([owner, place - (ends - torch.tensor(sharding.sizes))[owner]], 1), sharding.world), 1
+    return _to_all(torch.stack(sharding.holders(torch.arange(sharding.total)), 1), sharding.world), 1
 
 
 def _to_all(wanted: Tensor, world: int) -> Tensor:

@@ -130,6 +130,12 @@ class Sharding:
         every = range(self.world)
         return self.cached(("places", device), lambda: torch.cat([self.rows(r) for r in every]).argsort().to(device))
 
+    def holders(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rank has each of these rows of the batch, and which of its rows that is."""
+        place, ends = self.places()[rows], torch.tensor(self.sizes).cumsum(0)
+        rank = torch.searchsorted(ends, place, right=True)
+        return rank, place - (ends - torch.tensor(self.sizes))[rank]
+
     def cached(self, key: Hashable, make: Callable[[], T]) -> T:
         """What ``make`` makes, made once."""
         if key not in self._cache:
