@@ -47,11 +47,12 @@ class Step:
 
 def attention_plan(sharding: Sharding, mask: Mask, rank: int, device: torch.device) -> list[Step | None]:
     """The steps by their shift, so that all ranks have them in one order; None where the rank has nothing to do."""
-    wants, wanted = _pairs(sharding, mask, queries_of=rank), _pairs(sharding, mask, keys_of=rank)
+    wants = _by_rank(_pairs(sharding, mask, queries_of=rank), 1, sharding.world)
+    wanted = _by_rank(_pairs(sharding, mask, keys_of=rank), 0, sharding.world)
     plan = []
     for shift in range(sharding.world):
         source, target = (rank - shift) % sharding.world, (rank + shift) % sharding.world
-        needs, gives = _Fetch(sharding, wants[wants[:, 1] == source]), _Fetch(sharding, wanted[wanted[:, 0] == target])
+        needs, gives = _Fetch(sharding, wants[source]), _Fetch(sharding, wanted[target])
         if not needs.total and not gives.total:
             plan.append(None)
             continue
@@ -92,6 +93,12 @@ def _pairs(sharding: Sharding, mask: Mask, queries_of: int | None = None, keys_o
     return torch.stack([x.long() for x in columns], 1)[end > begin]
 
 
+def _by_rank(pairs: Tensor, column: int, world: int) -> list[Tensor]:
+    """The pairs of each rank in a column, in the order that they are in."""
+    counts = torch.bincount(pairs[:, column], minlength=world).tolist()
+    return list(pairs[pairs[:, column].argsort(stable=True)].split(counts))
+
+
 class _Fetch:
     """What the queries of one rank need of the keys of another: of each piece of keys the run that some query sees."""
 
@@ -123,7 +130,7 @@ class _Fetch:
         entries = torch.stack([q0, q1, k0, k1, pieces[q, 2], self.begin[self.of_piece]], 1)
         # A sequence's n-th run of queries with its n-th run of keys, then every n-th with the (n - 1)-th, and so on: in
         # none of these does a row occur twice, and all go forward in both.
-        diagonal = _nth(q, self.pairs[:, 4]) - _nth(k, self.pairs[:, 4])
+        diagonal = self.sharding.nth[q] - self.sharding.nth[k]
         if not mask.local:
             entries, diagonal = self._merged(entries, diagonal)
         return [_call(entries[diagonal == i], device) for i in diagonal.unique().tolist()]
@@ -148,13 +155,6 @@ class _Fetch:
         rest = ~merges[of]
         diagonal = torch.cat([torch.zeros(len(merged), dtype=torch.int64), diagonal[rest]])
         return torch.cat([merged, entries[rest]]), diagonal
-
-
-def _nth(pieces: Tensor, sequences: Tensor) -> Tensor:
-    """The place of each piece among those of its sequence; pieces of a sequence stand in order."""
-    both, inverse = torch.stack([sequences, pieces], 1).unique(dim=0, return_inverse=True)
-    of_sequence = both[:, 0].contiguous()
-    return (torch.arange(len(both)) - torch.searchsorted(of_sequence, of_sequence))[inverse]
 
 
 def _call(entries: Tensor, device: torch.device) -> Call:

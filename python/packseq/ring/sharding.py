@@ -88,6 +88,12 @@ class Sharding:
         of_ranks = torch.tensor([0, *self.sizes]).cumsum(0)
         return before - of_ranks[self.pieces[:, 0]]
 
+    @cached_property
+    def nth(self) -> Tensor:
+        """The place of each piece among those that its rank has of its sequence."""
+        number = self.pieces[:, 0] * self.sequences + self.pieces[:, 1]
+        return torch.arange(len(number)) - torch.searchsorted(number, number)
+
     # ---- what a rank needs beside its rows
 
     def rows(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
