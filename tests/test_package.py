@@ -134,6 +134,13 @@ def import_error(tmp_path: Path, path: Path | str) -> str:
     return last
 
 
+def test_planning_alone_needs_scipy(tmp_path):
+    absent = "import sys; sys.modules |= dict.fromkeys(['numpy', 'scipy', 'scipy.optimize']); import packseq.ring as r"
+    done = python("-c", f"{absent}; print(r.shard([0, 5], 2).sizes, r.pack_batches([3, 1], 2)); r.plan", cwd=tmp_path)
+    assert done.stdout.startswith("[3, 2] ")
+    assert "pip install 'packseq[plan]'" in done.stderr.splitlines()[-1]
+
+
 def source_tree_and(folder: Path) -> str:
     return f"{folder}{os.pathsep}{ROOT / 'python'}"
 

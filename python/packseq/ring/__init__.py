@@ -9,15 +9,15 @@ It works inside any torch.distributed job, and launches nothing itself::
 Between CPU tensors it goes over the group's own backend (Gloo), between CUDA tensors over a communicator of ours.
 """
 
+from importlib import import_module
+
 from . import nn
 from .attention import ring_attention
 from .batches import pack_batches
 from .communicator import Communicator, communicator
-from .cost_model import CostModel
 from .exchange import all_to_all, ring_exchange
 from .gather import unshard
 from .longconv import ring_long_conv
-from .planner import Plan, plan, static_plan
 from .scan import ring_causal_conv1d, ring_selective_scan
 from .sharding import Sharding, shard
 
@@ -40,3 +40,12 @@ __all__ = [
     "static_plan",
     "unshard",
 ]
+
+_PLANNING = {"CostModel": "cost_model", "Plan": "planner", "plan": "planner", "static_plan": "planner"}
+
+
+def __getattr__(name: str):
+    """What needs NumPy or SciPy (``packseq[plan]``) is imported when it is asked for."""
+    if name not in _PLANNING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PLANNING[name]}", __name__), name)
