@@ -87,6 +87,15 @@ def ranks(device: str = "cpu") -> Ranks:
     return Ranks(8 if device == "cpu" else 4, device)
 
 
+def message_of(call: Callable, *arguments, **options) -> str:
+    """What a call says is wrong."""
+    try:
+        call(*arguments, **options)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
+    return "nothing was raised"
+
+
 # ---- ranks that may be lost
 
 
