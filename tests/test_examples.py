@@ -250,7 +250,10 @@ def test_training_over_ranks_is_training_on_one(tmp_path, layout):
     command += ["--folder", str(tmp_path), "--layout", layout]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for launcher in ([sys.executable], torchrun):
-        done = subprocess.run([*launcher, *command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        loopback = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launcher, *command], cwd=ROOT, env=loopback, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
     assert "Largest difference between the runs' losses" in done.stdout
     assert "at most 1e-05" in done.stdout

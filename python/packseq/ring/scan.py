@@ -60,7 +60,9 @@ def ring_selective_scan(
         some = u[rows], delta[rows], A, *(x[rows] if x.dim() == 3 else x for x in (B, C))
         _, finals = selective_scan(*some, cu_seqlens, return_final_states=True, **options)
         steps = _step_sizes(some[1], delta_bias, delta_softplus, A, cu_seqlens)
-        return finals, torch.segment_reduce(steps, "sum", offsets=cu_seqlens.long(), axis=0)
+        if steps.shape[0] == 0:  # no piece, no sum: what would be launched on a GPU would be empty
+            return finals, steps
+        return finals, torch.segment_reduce(steps, "sum", offsets=cu_seqlens.long(), axis=0, unsafe=True)
 
     finals, steps = of_carrying_pieces(summaries, pieces, sharding, group, reverse)
     states = carried_states(finals, steps, A, pieces, sharding, group, initial_states, reverse)
