@@ -85,11 +85,16 @@ def at_once(q: Tensor, k: Tensor, v: Tensor, options: dict, dout: Tensor) -> lis
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        *(("cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        *(pytest.param("cuda", dtype, marks=pytest.mark.gpu) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(4, 2, 64, 64), (2, 2, 40, 72), (2, 1, 128, 128)], ids=str)
 def test_parts_are_as_accurate_as_the_whole(device, mask, dtype, shape):
-    if device == "cuda" and dtype == torch.float64:
-        pytest.skip("float64 is computed on the CPU only")
     *tensors, dout = draws(dtype, device, *shape)
     options = options_of(MASKS[mask], shape[0], device, dtype)
     whole = at_once(*tensors, options, dout)
@@ -135,6 +140,34 @@ def test_rows_that_see_no_key_and_slack_rows_stay_as_they_are(device):
     assert not any(x.isnan().any() for x in (out, sums, dq, dk, dv))
 
 
+def good(device: str) -> dict[str, Tensor]:
+    arguments = {name: torch.randn(4, 2, 16, device=device) for name in "qkv"}
+    arguments |= {"out": torch.zeros(4, 2, 16, device=device), "sums": torch.zeros(4, 2, 2, device=device)}
+    bounds = torch.tensor([0, 4], dtype=torch.int32, device=device)
+    arguments |= {"cu_seqlens": bounds, "cu_seqlens_k": bounds.clone()}
+    return arguments | {"positions": torch.zeros(1, 2, dtype=torch.int32, device=device)}
+
+
+REST = (True, -1, -1, 0, 0.0, None, None)
+
+
+def test_opcheck(device):
+    q, k, v, out, sums, *bounds = good(device).values()
+    torch.library.opcheck(accumulate.default, (q, k, v, out, sums, *bounds, *REST))
+    lse, delta = torch.zeros(2, 4, 2, device=device).unbind()
+    gradients = [torch.zeros_like(x) for x in (q, k, v)]
+    torch.library.opcheck(
+        accumulate_backward.default, (torch.randn_like(q), delta, q, k, v, lse.clone(), *gradients, *bounds, *REST)
+    )
+
+
+def test_there_is_no_gradient(device):
+    arguments = good(device)
+    arguments["k"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="attention_accumulate: there is no gradient, k must not require one"):
+        accumulate(*arguments.values(), *REST)
+
+
 BAD = {
     "out-dtype": ({"out": lambda x: x.bfloat16()}, "out must be float32"),
     "out-shape": ({"out": lambda x: x[:, :, :8]}, "out must have shape"),
@@ -148,13 +181,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(device, name):
     changes, message = BAD[name]
-    arguments = {n: torch.zeros(4, 2, 16, device=device) for n in "qkv"}
-    arguments |= {"out": torch.zeros(4, 2, 16, device=device), "sums": torch.zeros(4, 2, 2, device=device)}
-    bounds = torch.tensor([0, 4], dtype=torch.int32, device=device)
-    arguments |= {"cu_seqlens": bounds, "cu_seqlens_k": bounds}
-    arguments |= {"positions": torch.zeros(1, 2, dtype=torch.int32, device=device)}
-    rest = (True, -1, -1, 0, 0.0, None, None)
-    accumulate(*arguments.values(), *rest)
+    arguments = good(device)
+    accumulate(*arguments.values(), *REST)
     arguments |= {n: change(arguments[n]) for n, change in changes.items()}
     with pytest.raises(ValueError, match=f"attention_accumulate: {message}"):
-        accumulate(*arguments.values(), *rest)
+        accumulate(*arguments.values(), *REST)

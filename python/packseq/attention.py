@@ -74,14 +74,14 @@ def attention(
     ByteTransformer's (2210.03052). ALiBi: 2108.12409. Windows with sink tokens: LM-Infinite's mask (2308.16137) and
     attention sinks (2309.17453).
     """
-    left, right = _window(window)
+    left, right = window_limits(window)
     out, lse = torch.ops.packseq.attention(
         q, k, v, cu_seqlens, cu_seqlens_k, causal, left, right, sink_tokens, softcap, alibi_slopes, sinks, scale
     )
     return (out, lse) if return_lse else out
 
 
-def _window(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+def window_limits(window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     if window is None:
         return -1, -1
     if not isinstance(window, (tuple, list)) or len(window) != 2:

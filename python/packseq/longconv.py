@@ -76,21 +76,21 @@ def long_conv(
     out = torch.ops.packseq.long_conv(u, widened(k), cu_seqlens, widened(D), pre_gate, gate, widened(k_after), reverse)
     if initial_states is None and not return_final_states:
         return out
-    _check_modes(modes, u, k_after)
+    check_modes(modes, u, k_after)
     with _without_autocast(u.device):
         # As the operator saw them, but for rows that are nobody's: NaN must not come from there.
         slack = slack_rows(cu_seqlens, u.shape[0])[:, None]
         u, pre_gate, gate = (
-            None if x is None else _wide(x.to(out.dtype).masked_fill(slack, 0)) for x in (u, pre_gate, gate)
+            None if x is None else wide(x.to(out.dtype).masked_fill(slack, 0)) for x in (u, pre_gate, gate)
         )
         of_model = {"cu_seqlens": cu_seqlens, "initial_states": initial_states, "reverse": reverse}
         if initial_states is not None:
-            response = _scan(torch.zeros_like(u[:1]).expand(u.shape), modes, **of_model)[0]
+            response = scan_modes(torch.zeros_like(u[:1]).expand(u.shape), modes, **of_model)[0]
             response = response if gate is None else gate * response
-            out = (_wide(out) + response).to(out.dtype)
+            out = (wide(out) + response).to(out.dtype)
         if not return_final_states:
             return out
-        return out, _scan(u if pre_gate is None else pre_gate * u, modes, **of_model)[1]
+        return out, scan_modes(u if pre_gate is None else pre_gate * u, modes, **of_model)[1]
 
 
 def s4_step(
@@ -153,7 +153,7 @@ def s4_step(
 # ---- states of the long convolution
 
 
-def _check_modes(modes: tuple[Tensor, Tensor, Tensor] | None, u: Tensor, k_after: Tensor | None) -> None:
+def check_modes(modes: tuple[Tensor, Tensor, Tensor] | None, u: Tensor, k_after: Tensor | None) -> None:
     if k_after is not None:
         raise ValueError("long_conv: k_after must be None where there are states: outputs would wait for rows to come")
     if modes is None:
@@ -171,13 +171,13 @@ def _check_modes(modes: tuple[Tensor, Tensor, Tensor] | None, u: Tensor, k_after
             raise ValueError(f"long_conv: modes must be {dtype} on {u.device}, got {x.dtype} on {x.device} as {name}")
 
 
-def _scan(x: Tensor, modes: tuple[Tensor, Tensor, Tensor], **options) -> tuple[Tensor, Tensor]:
+def scan_modes(x: Tensor, modes: tuple[Tensor, Tensor, Tensor], **options) -> tuple[Tensor, Tensor]:
     """The recurrence that the modes are, from the initial states: outputs and final states."""
     ones = torch.ones_like(x[:1]).expand(x.shape)
     return selective_scan(x, ones, *modes, return_final_states=True, **options)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._registration import register_autocast, register_gradient, register_python_kernel
-from ..attention import _window
+from ..attention import window_limits
 from .attention_plan import Mask, Step, attention_plan
 from .communicator import communicator
 from .exchange import Transfer, needs_communicator, start
@@ -62,7 +62,7 @@ def ring_attention(
     Sources: Li et al., arXiv 2105.13120 (the ring); Liu et al., 2310.01889 (with an online softmax); Jacobs et al.,
     2309.14509 (Ulysses); Fang and Zhao, 2405.07719 (both).
     """
-    left, right = _window(window)
+    left, right = window_limits(window)
     out, lse = torch.ops.packseq.ring_attention(
         *(q, k, v, sharding.key, name_of(group), causal, left, right, sink_tokens, softcap),
         *(alibi_slopes, sinks, scale),

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .._boundaries import slack_rows
-from ..longconv import _check_modes, _scan, _wide, long_conv
+from ..longconv import check_modes, long_conv, scan_modes, wide
 from .carry import carried_states, of_carrying_pieces, pieces_of, states_of_sequences
 from .groups import Group
 from .sharding import Sharding
@@ -38,14 +38,14 @@ def ring_long_conv(
     Returns, Raises:
         as :func:`packseq.ring.ring_selective_scan`.
     """
-    _check_modes(modes, u, None)
+    check_modes(modes, u, None)
     pieces = pieces_of(sharding, group, u, reverse)
     slack = slack_rows(pieces.cu_seqlens, u.shape[0])[:, None]  # NaN must not come from there
-    rows = _wide(u.masked_fill(slack, 0))
-    rows = rows if pre_gate is None else _wide(pre_gate.masked_fill(slack, 0)) * rows
+    rows = wide(u.masked_fill(slack, 0))
+    rows = rows if pre_gate is None else wide(pre_gate.masked_fill(slack, 0)) * rows
 
     def summaries(cu_seqlens: Tensor, of: slice) -> tuple[Tensor, Tensor]:
-        _, finals = _scan(rows[of], modes, cu_seqlens=cu_seqlens, reverse=reverse)
+        _, finals = scan_modes(rows[of], modes, cu_seqlens=cu_seqlens, reverse=reverse)
         return finals, cu_seqlens.diff().to(rows.dtype)[:, None].expand(-1, u.shape[1])
 
     finals, steps = of_carrying_pieces(summaries, pieces, sharding, group, reverse)
