@@ -9,6 +9,7 @@ namespace packseq {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next call would find this one's error
     throw std::runtime_error(std::string("packseq: ") + what + ": " + cudaGetErrorString(error));
   }
 }

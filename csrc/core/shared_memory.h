@@ -1,5 +1,6 @@
 // How much shared memory blocks of threads may have, and should.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <string_view>
 
@@ -28,8 +29,8 @@ inline size_t shared_for_even_load(const char* what, size_t needed, int64_t bloc
   check_cuda(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), what);
   const int64_t share = (blocks + processors - 1) / processors;
   constexpr int64_t kReserved = 1024;  // bytes that the driver takes for every block
-  const size_t too_much_for_one_more = size_t(shared / (share + 1) - kReserved / 2) / 128 * 128;
-  return share < 1 || too_much_for_one_more < needed ? needed : too_much_for_one_more;
+  const int64_t too_much_for_one_more = (shared / (share + 1) - kReserved / 2) / 128 * 128;
+  return share < 1 ? needed : size_t(std::max(int64_t(needed), too_much_for_one_more));
 }
 
 }  // namespace packseq
