@@ -40,6 +40,7 @@ class Operator:
     inference: bool = False  # without any gradient
     moves: bool = False  # only moves rows: of any dtype and shape, under autocast too, with derivatives of any order
     big: bool = False  # whether it stands for its family beyond 2^31 elements
+    composed: bool = False  # in part of torch's own operators, which a compiler may fuse, and so round otherwise
 
     def __str__(self) -> str:
         return self.id
@@ -411,6 +412,7 @@ def _add_long_conv(
             shared=shared | ({"D": (channels,)} if D else {}),
             complex=frozenset(("initial_states", "final_states")),
             big=big,
+            composed=states > 0,
         )
     )
 

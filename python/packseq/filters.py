@@ -210,7 +210,7 @@ def _modes(A: Tensor, B: Tensor, dt: Tensor, discretization: str) -> tuple[Tenso
     x = step * A
     if discretization == "zoh":
         return x, step * B * _expm1_ratio(x)
-    return 2 * torch.atanh(x / 2), step * B / (1 - x / 2)  # log((1 + x / 2) / (1 - x / 2)), without cancelling
+    return _log_bilinear(x / 2), step * B / (1 - x / 2)
 
 
 class _InverseTransform(torch.autograd.Function):
@@ -231,6 +231,15 @@ class _InverseTransform(torch.autograd.Function):
 
 
 _SMALL = 2.0**-5  # where the series below has float64's precision, and its derivative does not cancel
+
+
+def _log_bilinear(x: Tensor) -> Tensor:
+    """log((1 + x) / (1 - x)) without cancelling, by real functions: complex ones are not accurate near 0 on every
+    device."""
+    sign = torch.where(x.real < 0, -1, 1)
+    real = sign * x.real
+    gain = 0.5 * sign * torch.log1p(4 * real / ((1 - real).square() + x.imag.square()))
+    return torch.complex(gain, torch.atan2(x.imag, 1 + x.real) + torch.atan2(x.imag, 1 - x.real))
 
 
 def _expm1_ratio(x: Tensor) -> Tensor:
