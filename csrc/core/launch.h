@@ -23,4 +23,15 @@ void launch(const char* what, void (*kernel)(Params), int64_t blocks, int thread
   check_cuda(cudaGetLastError(), what);
 }
 
+// The same for a kernel whose blocks wait for each other: all of them run at once, or it is an error.
+template <class Params>
+void launch_together(const char* what, void (*kernel)(Params), int64_t blocks, int threads, size_t shared,
+                     cudaStream_t stream, const std::type_identity_t<Params>& params) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check_cuda(
+      cudaLaunchCooperativeKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), arguments, shared, stream),
+      what);
+}
+
 }  // namespace packseq

@@ -2,12 +2,14 @@
 //
 // A call first lists the sequences class by class and transforms the filter once for every class in use; then one
 // kernel convolves all sequences that are a single transform or a direct sum. Longer ones are cut into blocks, whose
-// spectra go through device memory, a slab of channels after the other so that they never take much of it. Kernels
-// whose sequences do not occur leave at once.
+// spectra go through device memory, a slab of channels after the other so that they never take much of it, in one
+// kernel that leaves at once where there are none.
 //
-// The gradient of the input is the convolution of dout in reversed time, so it is the same kernel. With E elements of B
-// bytes, the forward moves 2 E B bytes at the least, the backward 5 E B, and sequences in blocks add 32 E in the
-// forward.
+// The gradient of the input of direct sums is the convolution of dout in reversed time, so it is the same kernel;
+// transforms share one kernel with the filter's gradient. With E elements of B bytes, the forward moves 2 E B bytes at
+// the least, the backward 5 E B, and sequences in blocks add 32 E in the forward.
+#include <algorithm>
+#include <initializer_list>
 #include <limits>
 
 #include "core/check.h"
@@ -25,25 +27,27 @@ using namespace longconv;
 
 struct Device {
   int processors, fft_classes;
+  size_t shared;  // bytes that a block can have
 
   static Device current() {
     int device = 0, processors = 0;
     check_cuda(cudaGetDevice(&device), "long conv");
     check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "long conv");
-    const bool large = most_shared_memory("long conv") >= conv_shared_bytes(conv_threads(kLargeClass));
-    return {processors, large ? kLargeClass : kSmallClass};
+    const size_t shared = most_shared_memory("long conv");
+    const int fft_classes = shared >= conv_shared_bytes(conv_threads(kLargeClass)) ? kLargeClass : kSmallClass;
+    return {processors, fft_classes, shared};
   }
 };
 
 enum class Direction { forward, backward };
 
 // Spectra of sequences in blocks are kept for as many channels at a time as this holds, or for 32.
-constexpr int64_t kSlabBytes = int64_t(512) << 20;
+constexpr int64_t kPoolBytes = int64_t(512) << 20;
 
 // The workspace, as pieces; with a null base only their sizes.
 struct Scratch {
   Plan* plan;
-  int32_t* list;
+  ListedRows* list;
   LongBlock* blocks;
   float2* table;
   float4* spectra;
@@ -52,16 +56,16 @@ struct Scratch {
   float* direct_sums;
   float4* sums;
   float* skip_sums;
-  // Of sequences in blocks, for `slab` channels.
-  int64_t slab;
-  float4 *filter_blocks, *input_blocks, *dout_blocks, *output_blocks, *block_sums;
+  // Of sequences in blocks.
+  float4* pool;
+  int64_t pool_elements;
   size_t bytes;
 
   Scratch(const Layout& l, Direction direction, bool has_skip, void* base) {
     Workspace w(base);
     const bool backward = direction == Direction::backward;
     plan = w.take<Plan>(1);
-    list = w.take<int32_t>(l.sequences);
+    list = w.take<ListedRows>(l.sequences);
     blocks = w.take<LongBlock>(l.most_long_blocks());
     table = w.take<float2>(kTableSize);
     spectra = w.take<float4>(l.spectra() / 2 * l.channels);
@@ -72,15 +76,12 @@ struct Scratch {
     sums = w.take<float4>(backward ? divide_up(l.chunk_sums(), 2) * l.channels : 0);
     skip_sums = w.take<float>(backward && has_skip ? divide_up(l.total, kSkipRows) * l.channels : 0);
 
-    const int64_t of_block = l.block() / 2, most = l.most_long_blocks();
-    const int64_t filter = l.filter_blocks(), inputs = most * (backward ? 2 : 1), outputs = l.taps_after ? most : 0;
-    const int64_t distances = backward && most ? filter + 1 : 0;
-    const int64_t bytes_of_channel = (filter + inputs + outputs + distances) * of_block * int64_t(sizeof(float4));
-    slab = bytes_of_channel == 0 ? l.channels : kSlabBytes / bytes_of_channel / 32 * 32;
-    slab = std::min(l.channels, std::max<int64_t>(slab, 32));
-    const auto take = [&](int64_t count) { return w.take<float4>(count * of_block * slab); };
-    filter_blocks = take(filter), input_blocks = take(most), dout_blocks = take(backward ? most : 0);
-    output_blocks = take(outputs), block_sums = take(distances);
+    const int64_t most = l.most_long_blocks(), filter = l.filter_blocks();
+    const int64_t spectra = most * (1 + backward + (l.taps_after > 0)) + filter + (backward ? filter + 1 : 0);
+    const int64_t of_channel = spectra * l.block() / 2, all = divide_up(l.channels, 8) * 8;
+    const int64_t room = of_channel == 0 ? 0 : kPoolBytes / int64_t(sizeof(float4)) / of_channel;
+    pool_elements = most == 0 ? 0 : of_channel * std::min(all, std::max<int64_t>(room, 32));
+    pool = w.take<float4>(pool_elements);
     bytes = w.used();
   }
 };
@@ -122,49 +123,45 @@ struct Call {
                    conv_threads(device.fft_classes), stream);
   }
 
+  // Whether rows of all these tensors, the results' among them, can be copied 16 bytes at a time.
   template <class T>
-  void convolve_short(const ConvCall& call) const {
-    convolve<T>(
-        {.shape = shape, .call = call, .spectra = scratch.spectra, .lags = scratch.lags, .two_sided = two_sided()},
-        device.processors, stream);
+  bool staged(std::initializer_list<Rows> all) const {
+    const auto lies_so = [&](const Rows& x) {
+      return x.token * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+    };
+    return device.shared >= staged_bytes<T>(device.fft_classes) && p.channels * sizeof(T) % 16 == 0 &&
+           std::all_of(all.begin(), all.end(), lies_so);
+  }
+  Rows result(const void* data) const { return {data, p.channels}; }
+
+  template <class T>
+  void convolve_short(const ConvCall& call, int first_class = 1) const {
+    convolve<T>({.shape = shape,
+                 .call = call,
+                 .spectra = scratch.spectra,
+                 .lags = scratch.lags,
+                 .two_sided = two_sided(),
+                 .first_class = first_class},
+                staged<T>({call.input, result(call.out)}), device.processors, stream);
   }
 
-  // f(first channel, channels) for each slab, where its part of the filter is transformed.
-  template <class F>
-  void for_slabs(const F& f) const {
+  // Forward (x's input to x's output), or backward with dy, and dk and dk_after to be added to.
+  template <class T>
+  void convolve_long(const ConvCall& x, const ConvCall* dy, float* dk, float* dk_after,
+                     std::initializer_list<Rows> all) const {
     if (!has_long()) return;
-    for (int64_t first = 0; first < p.channels; first += scratch.slab) {
-      const int64_t channels = std::min(scratch.slab, p.channels - first);
-      filter_block_spectra({.shape = shape,
-                            .filter = filter(),
-                            .channel0 = first,
-                            .channels = channels,
-                            .blocks_before = layout.blocks_before(),
-                            .blocks = layout.filter_blocks(),
-                            .spectra = scratch.filter_blocks},
-                           stream);
-      f(first, channels);
-    }
-  }
-
-  BlockParams blocks(const ConvCall& call, int64_t first, int64_t channels, float4* spectra) const {
-    return {.shape = shape, .call = call, .channel0 = first, .channels = channels, .spectra = spectra};
-  }
-
-  // From the spectra of a slab's input to rows of the output.
-  template <class T>
-  void finish_blocks(const ConvCall& call, int64_t first, int64_t channels, float4* input, bool correlate) const {
-    float4* const output = two_sided() ? scratch.output_blocks : input;
-    multiply_blocks({.shape = shape,
-                     .channels = channels,
-                     .blocks_before = layout.blocks_before(),
-                     .blocks_after = layout.blocks_after(),
-                     .filter = scratch.filter_blocks,
-                     .input = input,
-                     .output = output,
-                     .correlate = correlate},
-                    16 * device.processors, stream);
-    inverse_blocks<T>(blocks(call, first, channels, output), device.processors, stream);
+    convolve_blocks<T>({.shape = shape,
+                        .filter = filter(),
+                        .x = x,
+                        .dy = dy ? *dy : ConvCall{},
+                        .blocks_before = int32_t(layout.blocks_before()),
+                        .blocks_after = int32_t(layout.blocks_after()),
+                        .backward = dy != nullptr,
+                        .pool = scratch.pool,
+                        .pool_elements = scratch.pool_elements,
+                        .dk = dk,
+                        .dk_after = dk_after},
+                       staged<T>(all), device.processors, stream);
   }
 };
 
@@ -193,10 +190,7 @@ void forward(const LongConvForward& f, cudaStream_t stream) {
                          .reverse = p.reverse};
   call.prepare_filter();
   call.convolve_short<T>(conv);
-  call.for_slabs([&](int64_t first, int64_t channels) {
-    transform_blocks<T>(call.blocks(conv, first, channels, call.scratch.input_blocks), call.device.processors, stream);
-    call.finish_blocks<T>(conv, first, channels, call.scratch.input_blocks, false);
-  });
+  call.convolve_long<T>(conv, nullptr, nullptr, nullptr, {p.u, call.result(f.out)});
 }
 
 // With dy = gate dout and dx the gradient of x: du = pre_gate dx, dpre_gate = u dx, dgate = dout y.
@@ -218,21 +212,22 @@ void backward(const LongConvBackward& b, cudaStream_t stream) {
                              .gate = b.dout,
                              .other = {},
                              .D = static_cast<const float*>(p.D),
-                             .out = b.dgate,
+                             .out = p.gate.data ? b.dgate : nullptr,
                              .out_other = nullptr,
                              .reverse = p.reverse};
   call.prepare_filter();
   ConvCall reversed = to_du;
   reversed.reverse = !p.reverse;
-  call.convolve_short<T>(reversed);
+  call.convolve_short<T>(reversed, kFusedClasses + 1);
   if (p.gate.data) call.convolve_short<T>(to_dgate);
-  gradient_sums<T>({.shape = call.shape,
-                    .x = to_dgate,
-                    .dy = to_du,
-                    .two_sided = call.two_sided(),
-                    .direct_sums = scratch.direct_sums,
-                    .sums = scratch.sums},
-                   call.device.processors, stream);
+  gradients<T>({.shape = call.shape,
+                .x = to_dgate,
+                .dy = to_du,
+                .spectra = scratch.spectra,
+                .two_sided = call.two_sided(),
+                .direct_sums = scratch.direct_sums,
+                .sums = scratch.sums},
+               call.staged<T>({p.u, b.dout, call.result(b.du)}), call.device.processors, stream);
   if (p.D) {
     skip_sums<T>({.shape = call.shape,
                   .input = p.u,
@@ -253,32 +248,8 @@ void backward(const LongConvBackward& b, cudaStream_t stream) {
                    .dk_after = static_cast<float*>(b.dk_after),
                    .dD = p.D ? static_cast<float*>(b.dD) : nullptr},
                   conv_threads(call.device.fft_classes), stream);
-  call.for_slabs([&](int64_t first, int64_t channels) {
-    transform_blocks<T>(call.blocks(to_dgate, first, channels, scratch.input_blocks), call.device.processors, stream);
-    transform_blocks<T>(call.blocks(to_du, first, channels, scratch.dout_blocks), call.device.processors, stream);
-    const int64_t before = call.layout.blocks_before(), blocks = call.layout.filter_blocks();
-    sum_block_products({.shape = call.shape,
-                        .channels = channels,
-                        .blocks_before = before,
-                        .distances = blocks + 1,
-                        .input = scratch.input_blocks,
-                        .dout = scratch.dout_blocks,
-                        .sums = scratch.block_sums},
-                       16 * call.device.processors, stream);
-    filter_block_gradient({.shape = call.shape,
-                           .taps = p.taps,
-                           .taps_after = call.layout.taps_after,
-                           .channel0 = first,
-                           .channels = channels,
-                           .blocks_before = before,
-                           .blocks = blocks,
-                           .sums = scratch.block_sums,
-                           .dk = static_cast<float*>(b.dk),
-                           .dk_after = static_cast<float*>(b.dk_after)},
-                          stream);
-    call.finish_blocks<T>(to_du, first, channels, scratch.dout_blocks, true);
-    if (p.gate.data) call.finish_blocks<T>(to_dgate, first, channels, scratch.input_blocks, false);
-  });
+  call.convolve_long<T>(to_dgate, &to_du, static_cast<float*>(b.dk), static_cast<float*>(b.dk_after),
+                        {p.u, b.dout, call.result(b.du), call.result(b.dgate)});
 }
 
 size_t workspace(const LongConvProblem& p, Direction direction) {

@@ -1,10 +1,10 @@
 // The filter's spectra before the convolution, and its gradient from sums of spectra after it.
 //
 // The filter of a class of size N is the circular one of 2 N lags: k at lags 0 ... N - 1, k_after at 2 N - 1 and down.
-// For sequences in blocks the filter is cut into blocks of N lags too, and what a block adds to the one before it comes
-// by the sign (-1)^k, which is a shift by N. Spectra are scaled for the whole way there and back.
+// Spectra are scaled for the whole way there and back.
 #include "core/dispatch.h"
 #include "core/launch.h"
+#include "longconv/long_conv_filter.cuh"
 #include "longconv/long_conv_prepare.h"
 #include "longconv/long_conv_tiles.cuh"
 
@@ -13,25 +13,9 @@ namespace {
 
 // ---- Spectra -------------------------------------------------------------------------------------------------------
 
-__device__ float filter_at(const Filter& f, int64_t channel, int64_t lag) {
-  if (lag >= 0) return lag < f.taps ? f.k[channel * f.taps + lag] : 0.f;
-  const int64_t j = -1 - lag;
-  return j < f.taps_after ? f.k_after[channel * f.taps_after + j] : 0.f;
-}
-
-template <class Tile>
-__device__ void store_spectrum(const Tile& tile, const float2 (&v)[kPoints], float4* to, int64_t channels,
-                               int64_t channel) {
-  constexpr float kScale = 1.f / (8 * Tile::kSize);
-#pragma unroll
-  for (int i = 0; i < Tile::kSlots; ++i) {
-    to[spectrum_at(Tile::kLines, channels, i, tile.j, channel)] = join(kScale * v[i], kScale * v[kPoints - 1 - i]);
-  }
-}
-
 template <class Tile>
 __device__ void class_spectrum(const SpectraParams& p, float4* shared, int64_t item, float4* to) {
-  const Tile tile(shared, p.shape.table);
+  const Tile tile(shared);
   const int64_t channel = item * Tile::kChannels + tile.channel;
   const bool exists = channel < p.shape.channels;
   float2 v[kPoints];
@@ -41,12 +25,18 @@ __device__ void class_spectrum(const SpectraParams& p, float4* shared, int64_t i
     v[place] = exists ? float2{filter_at(p.filter, channel, lag), filter_at(p.filter, channel, lag + 1)} : float2{};
   }
   tile.template forward<false>(v);
-  if (exists) store_spectrum(tile, v, to, p.shape.channels, channel);
+  if (!exists) return;
+  constexpr float kScale = 1.f / (8 * Tile::kSize);
+#pragma unroll
+  for (int i = 0; i < Tile::kSlots; ++i) {
+    to[spectrum_at(Tile::kLines, p.shape.channels, i, tile.j, channel)] =
+        tile.weights(kScale * v[i], kScale * v[kPoints - 1 - i], i);
+  }
 }
 
 __global__ void __launch_bounds__(512, 1) spectra_kernel(const __grid_constant__ SpectraParams p) {
   extern __shared__ float4 shared_memory[];
-  float4* const shared = start_opaque(shared_memory);
+  float4* const shared = start_shared(shared_memory);
   const Shape& shape = p.shape;
   int64_t unit = blockIdx.x;
   for (int c = 1; c <= shape.fft_classes; ++c) {
@@ -59,6 +49,7 @@ __global__ void __launch_bounds__(512, 1) spectra_kernel(const __grid_constant__
         unit -= units;
         return false;
       }
+      Tile::begin(shared, shape.table);
       const int64_t item = unit * teams + team;
       float4* const to = p.spectra + spectrum_begin(c) / 2 * shape.channels;
       if (item < tiles) class_spectrum<Tile>(p, shared, item, to);
@@ -70,28 +61,6 @@ __global__ void __launch_bounds__(512, 1) spectra_kernel(const __grid_constant__
   const int64_t place = unit * blockDim.x + threadIdx.x;
   if (place >= kDirectLags * shape.channels) return;
   p.lags[place] = filter_at(p.filter, place % shape.channels, place / shape.channels - kDirectRows);
-}
-
-template <int kSize>
-__global__ void __launch_bounds__(ConvTile<kSize>::kThreads, 1)
-    block_spectra_kernel(const __grid_constant__ BlockSpectraParams p) {
-  extern __shared__ float4 shared_memory[];
-  using Tile = ConvTile<kSize>;
-  const int64_t tiles = divide_up(p.channels, Tile::kChannels), index = blockIdx.x / tiles;
-  const int64_t block = index - p.blocks_before, most = p.shape.plan->most_blocks;
-  if (p.shape.plan->long_blocks == 0 || block >= most || block < -most) return;
-  const Tile tile(start_opaque(shared_memory), p.shape.table);
-  const int64_t channel = blockIdx.x % tiles * Tile::kChannels + tile.channel;
-  const bool exists = channel < p.channels;
-  float2 v[kPoints];
-#pragma unroll
-  for (int place = 0; place < kPoints; ++place) {
-    if (place % Tile::kFirst >= Tile::kFirst / 2) continue;
-    const int64_t lag = block * kSize + 2 * tile.number(place), of = p.channel0 + channel;
-    v[place] = exists ? float2{filter_at(p.filter, of, lag), filter_at(p.filter, of, lag + 1)} : float2{};
-  }
-  tile.template forward<true>(v);
-  if (exists) store_spectrum(tile, v, p.spectra + index * (kSize / 2) * p.channels, p.channels, channel);
 }
 
 // ---- Gradient ------------------------------------------------------------------------------------------------------
@@ -139,19 +108,6 @@ __device__ float direct_gradient(const FilterGradientParams& p, int64_t channel,
   return sum;
 }
 
-struct Gradient {
-  float *dk, *dk_after;
-  int64_t taps, taps_after;
-
-  __device__ void add(int64_t channel, int64_t lag, float x) const {
-    if (lag >= 0) {
-      if (lag < taps) dk[channel * taps + lag] += x;
-    } else if (-1 - lag < taps_after) {
-      dk_after[channel * taps_after - 1 - lag] += x;
-    }
-  }
-};
-
 template <class Tile>
 __device__ void load_sum(const Tile& tile, const float4* from, int64_t channels, int64_t channel, bool exists,
                          float2 (&v)[kPoints]) {
@@ -167,10 +123,10 @@ constexpr int kGradientChannels = 8;  // of a block of threads
 template <class Tile>
 __device__ void add_class(const FilterGradientParams& p, float4* shared, int64_t channel0, const float4* sums) {
   if (threadIdx.x >= Tile::kThreads) return;
-  const Tile tile(shared, p.shape.table);
+  const Tile tile(shared);
   const int64_t channel = channel0 + tile.channel;
   const bool exists = channel < p.shape.channels;
-  const Gradient gradient = {p.dk, p.dk_after, p.taps, p.taps_after};
+  const FilterGradient gradient = {p.dk, p.dk_after, p.taps, p.taps_after};
   float2 v[kPoints];
   load_sum(tile, sums, p.shape.channels, channel, exists, v);
   tile.template inverse<false>(v);
@@ -185,7 +141,7 @@ __device__ void add_class(const FilterGradientParams& p, float4* shared, int64_t
 
 __global__ void __launch_bounds__(512, 1) filter_gradient_kernel(const __grid_constant__ FilterGradientParams p) {
   extern __shared__ float4 shared_memory[];
-  float4* const shared = start_opaque(shared_memory);
+  float4* const shared = start_shared(shared_memory);
   const int64_t channel0 = blockIdx.x * int64_t(kGradientChannels), channels = p.shape.channels;
   for (int channel = 0; channel < kGradientChannels && channel0 + channel < channels; ++channel) {
     const int64_t c = channel0 + channel;
@@ -203,42 +159,13 @@ __global__ void __launch_bounds__(512, 1) filter_gradient_kernel(const __grid_co
     if (p.shape.plan->chunks[c] == 0) continue;
     with_size(c, [&](auto size) {
       using Tile = ConvTile<size>;
+      Tile::begin(shared, p.shape.table);
       for (int part = 0; part < kGradientChannels; part += Tile::kChannels) {
         __syncthreads();
         add_class<Tile>(p, shared, channel0 + part, p.sums + p.shape.plan->sums[c] / 2 * channels);
       }
       return true;
     });
-  }
-}
-
-template <int kSize>
-__global__ void __launch_bounds__(ConvTile<kSize>::kThreads, 1)
-    block_gradient_kernel(const __grid_constant__ BlockGradientParams p) {
-  extern __shared__ float4 shared_memory[];
-  using Tile = ConvTile<kSize>;
-  const int64_t tiles = divide_up(p.channels, Tile::kChannels), index = blockIdx.x / tiles;
-  const int64_t block = index - p.blocks_before, most = p.shape.plan->most_blocks;
-  if (p.shape.plan->long_blocks == 0 || block >= most || block < -most) return;
-  const Tile tile(start_opaque(shared_memory), p.shape.table);
-  const int64_t channel = blockIdx.x % tiles * Tile::kChannels + tile.channel;
-  const bool exists = channel < p.channels;
-  const float4* const sums = p.sums + index * (kSize / 2) * p.channels;
-  const float sign = tile.j % 2 ? -1.f : 1.f;  // of the frequencies of this thread
-  float2 v[kPoints], next[kPoints];
-  load_sum(tile, sums, p.channels, channel, exists, v);
-  load_sum(tile, sums + (kSize / 2) * p.channels, p.channels, channel, exists, next);
-#pragma unroll
-  for (int i = 0; i < kPoints; ++i) v[i] = v[i] + sign * next[i];
-  tile.template inverse<true>(v);
-  if (!exists) return;
-  const Gradient gradient = {p.dk, p.dk_after, p.taps, p.taps_after};
-  constexpr float kScale = 1.f / (8 * kSize);
-#pragma unroll
-  for (int place = 0; place < kPoints; ++place) {
-    if (place % Tile::kFirst >= Tile::kFirst / 2) continue;
-    const int64_t lag = block * kSize + 2 * tile.number(place), of = p.channel0 + channel;
-    gradient.add(of, lag, kScale * v[place].x), gradient.add(of, lag + 1, kScale * v[place].y);
   }
 }
 
@@ -255,27 +182,11 @@ void filter_spectra(const SpectraParams& p, int threads, cudaStream_t stream) {
   launch("long conv: spectra", spectra_kernel, blocks, threads, conv_shared_bytes(threads), stream, p);
 }
 
-void filter_block_spectra(const BlockSpectraParams& p, cudaStream_t stream) {
-  with_largest_size(p.shape.fft_classes, [&](auto size) {
-    using Tile = ConvTile<size>;
-    launch("long conv: spectra", block_spectra_kernel<size>, p.blocks * divide_up(p.channels, Tile::kChannels),
-           Tile::kThreads, shared_bytes<Tile>(Tile::kThreads), stream, p);
-  });
-}
-
 void filter_gradient(const FilterGradientParams& p, int threads, cudaStream_t stream) {
   const int64_t numbers = spectrum_begin(p.shape.fft_classes + 1) / 2 * p.shape.channels;
   launch("long conv: sums", sum_chunks_kernel, divide_up(numbers, kSumThreads), kSumThreads, 0, stream, p);
   launch("long conv: filter gradient", filter_gradient_kernel, divide_up(p.shape.channels, kGradientChannels), threads,
          conv_shared_bytes(threads), stream, p);
-}
-
-void filter_block_gradient(const BlockGradientParams& p, cudaStream_t stream) {
-  with_largest_size(p.shape.fft_classes, [&](auto size) {
-    using Tile = ConvTile<size>;
-    launch("long conv: filter gradient", block_gradient_kernel<size>, p.blocks * divide_up(p.channels, Tile::kChannels),
-           Tile::kThreads, shared_bytes<Tile>(Tile::kThreads), stream, p);
-  });
 }
 
 }  // namespace packseq::longconv

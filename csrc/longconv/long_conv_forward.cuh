@@ -5,38 +5,90 @@
 // Blocks of threads stay: each walks through the classes, the longest sequences first, in steps of the grid.
 #pragma once
 #include "core/launch.h"
-#include "longconv/long_conv_rows.cuh"
+#include "longconv/long_conv_backward.cuh"
+#include "longconv/long_conv_staged.cuh"
 
 namespace packseq::longconv {
 namespace {
 
-struct FilterPlace {
-  const float4* at;
-  int32_t channels;  // fewer than 2^24
-};
-
 template <class T, class Tile>
-__device__ void convolve_sequence(const ConvParams& p, float4* shared, int c, int64_t sequence, int channel_tile) {
-  const Tile tile(shared, p.shape.table);
-  const int64_t channel = int64_t(channel_tile) * Tile::kChannels + tile.channel;
-  const Piece piece = Piece::of(p.shape, sequence, channel, p.call.reverse, 0, Tile::kSize);
+__device__ void convolve_sequence(const ConvParams& p, float4* shared, int c, ListedRows listed,
+                                  uint32_t channel_tile) {
+  const Tile tile(shared);
+  const Piece piece =
+      Piece::of(p.shape, listed, int64_t(channel_tile) * Tile::kChannels + tile.channel, p.call.reverse);
   float2 v[kPoints];
-  load_rows<T>(tile, p.call, piece, v);
-  tile.convolve(v, piece.rows > 0, [&] {
-    const ConvParams& q = opaque(p);
-    return FilterPlace{q.spectra + spectrum_begin(c) / 2 * q.shape.channels + piece.channel, int32_t(q.shape.channels)};
-  });
-  const ConvParams& q = opaque(p);
-  finish_rows<T>(tile, q.call, piece, q.shape.channels, v);
+  load_input<T>(tile, p.call, piece, v);
+  tile.convolve(v, [&](const Tile& tile) { return filter_place(tile, p.spectra, p.shape, c, channel_tile); });
+  finish_rows<T>(tile, p.call, piece, p.shape.channels, v);
+}
+
+// The items of a class, by rows in shared memory: those of a team's next one are under way while it works on one.
+template <class T, class Tile>
+__device__ void convolve_staged(const ConvParams& p, float4* shared, int c, uint32_t& unit, uint32_t items) {
+  using Buffer = RowBuffer<T, Tile>;
+  const auto buffer = [&](const Tile& tile) { return Buffer(tile, shared + Tile::used(blockDim.x)); };
+  const auto step_of = [&](uint32_t item, Step& step) {
+    const uint32_t tiles = p.shape.tiles(Tile::kChannels);
+    step.item = item < block_number(shared, 0) ? item : Step::kNone, step.channel_tile = item % tiles;
+    return p.shape.list + __ldg(&p.shape.plan->first[c]) + item / tiles;
+  };
+  const auto fetch = [&](const Tile& tile, const Step& step) {
+    const Rows& from = p.call.input;
+    buffer(tile).fetch(tile, TileRows<const T>::of(tile, from.data, from.token, step.rows, p.shape, step.channel_tile,
+                                                   p.call.reverse));
+  };
+  const auto teams = [] { return blockDim.x / Tile::kThreads; };
+  __syncthreads();
+  block_number(shared, 0) = items, block_number(shared, 1) = unit;
+  Tile::begin(shared, p.shape.table);
+  bool more = unit * teams() + Tile(shared).team < items;
+  if (more) {
+    const Tile tile(shared);
+    Step step = {};
+    step.rows = *step_of(unit * teams() + tile.team, step);
+    turn_of(shared, tile.team).next = step;
+    fetch(tile, step);
+  }
+  copy_async_commit();
+  while (more) {
+    const Tile tile(shared);
+    copy_async_wait<0>();
+    tile.wait();
+    begin_step(tile, shared, [&](Step& step) { return step_of(step.item + gridDim.x * teams(), step); });
+    const auto piece = [&](const Tile& tile) {
+      const Step& now = turn_of(shared, tile.team).now;
+      return Piece::of(p.shape, now.rows, int64_t(now.channel_tile) * Tile::kChannels + tile.channel, p.call.reverse);
+    };
+    float2 v[kPoints];
+    if (p.call.pre_gate.data) tile.wait();  // for what piece() reads
+    buffer(tile).load_input(tile, p.call, piece(tile), v);
+    tile.convolve(v, [&](const Tile& tile) {
+      return filter_place(tile, p.spectra, p.shape, c, turn_of(shared, tile.team).now.channel_tile);
+    });
+    {
+      const Tile tile(shared);
+      buffer(tile).finish_rows(tile, p.call, piece(tile), p.shape.channels, v);
+      copy_async_wait<0>();
+      tile.wait();
+      const Turn turn = turn_of(shared, tile.team);
+      buffer(tile).store(tile, TileRows<T>::of(tile, p.call.out, p.shape.channels, turn.now.rows, p.shape,
+                                               turn.now.channel_tile, p.call.reverse));
+      more = turn.next.item != Step::kNone;
+      if (more) fetch(tile, turn.next);
+      copy_async_commit();
+    }
+  }
+  unit = unit_behind(block_number(shared, 1), (block_number(shared, 0) + teams() - 1) / teams());
 }
 
 // One warp, a channel a lane. Each output is a sum over the inputs in the order of time.
 template <class T>
-__device__ void convolve_directly(const ConvParams& p, float4* shared, int64_t sequence, int64_t channel_tile) {
+__device__ void convolve_directly(const ConvParams& p, float4* shared, ListedRows listed, int64_t channel_tile) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* const x = reinterpret_cast<float*>(shared) + warp * kDirectRows * 32 + lane;  // every 32nd is this lane's
   const int64_t channels = p.shape.channels, channel = channel_tile * 32 + lane;
-  const Piece piece = Piece::of(p.shape, sequence, channel, p.call.reverse, 0, kDirectRows);
+  const Piece piece = Piece::of(p.shape, listed, channel, p.call.reverse);
   if (piece.rows == 0) return;
   const ConvCall& call = p.call;
   const int blocks = (piece.rows + kLagBlock - 1) / kLagBlock;
@@ -64,7 +116,7 @@ __device__ void convolve_directly(const ConvParams& p, float4* shared, int64_t s
   const float* const zero_lag = p.lags + kDirectRows * channels + channel;
   const float D = call.D ? call.D[channel] : 0.f;
   const auto store = [&](void* to, int t, float y) {
-    static_cast<T*>(to)[(piece.row + (call.reverse ? -t : t)) * channels + channel] = T(y);
+    __stcs(static_cast<T*>(to) + ((piece.row + (call.reverse ? -t : t)) * channels + channel), T(y));
   };
   for (int out = 0; out < blocks; ++out) {
     float y[kLagBlock] = {};
@@ -105,37 +157,59 @@ __device__ void clear_slack(const Shape& shape, void* out) {
   for (; at < slack.end * shape.channels; at += threads) static_cast<T*>(out)[at] = T(0.f);
 }
 
-template <class T>
-__global__ void __launch_bounds__(512, 1) convolve_kernel(const __grid_constant__ ConvParams p) {
-  extern __shared__ float4 shared_memory[];
-  float4* const shared = start_opaque(shared_memory);
-  const Shape& shape = p.shape;
-  clear_slack<T>(shape, p.call.out), clear_slack<T>(shape, p.call.out_other);
-  uint32_t unit = blockIdx.x;
-  for_classes(shape.fft_classes, [&](auto c) {
-    using Tile = ConvTile<size_of_class(c)>;
-    const int count = shape.plan->count[c];
-    if (count == 0) return;
-    for_items<Tile::kThreads>(shared, unit, count * shape.tiles(Tile::kChannels), [&](uint32_t item) {
-      const ConvParams& q = opaque(p);
-      const uint32_t tiles = q.shape.tiles(Tile::kChannels);
-      const int64_t sequence = q.shape.list[q.shape.plan->first[c] + item / tiles];
-      convolve_sequence<T, Tile>(q, shared, c, sequence, item % tiles);
+template <class T, bool kStaged>
+__global__ void __launch_bounds__(512, 1) convolve_kernel(const __grid_constant__ ConvParams params) {
+  if constexpr (!kStaged || kCanStage) {
+    extern __shared__ float4 shared_memory[];
+    const ConvParams& p = keep_params(shared_memory, params);
+    float4* const shared = start_shared(shared_memory);
+    const Shape& shape = p.shape;
+    clear_slack<T>(shape, p.call.out), clear_slack<T>(shape, p.call.out_other);
+    uint32_t unit = blockIdx.x;
+    for_classes(shape.fft_classes, [&](auto c) {
+      using Tile = ConvTile<size_of_class(c)>;
+      const int count = shape.plan->count[c];
+      if (count == 0 || c < p.first_class) return;
+      const uint32_t items = count * shape.tiles(Tile::kChannels);
+      if constexpr (kStaged) {
+        convolve_staged<T, Tile>(p, shared, c, unit, items);
+      } else {
+        Tile::begin(shared, shape.table);
+        for_items<Tile::kThreads>(shared, unit, items, [&](uint32_t item) {
+          const uint32_t tiles = p.shape.tiles(Tile::kChannels);
+          convolve_sequence<T, Tile>(p, shared, c, p.shape.list[p.shape.plan->first[c] + item / tiles], item % tiles);
+        });
+      }
     });
-  });
-  const uint32_t tiles = shape.tiles(32);
-  for_items<32>(shared, unit, shape.plan->count[0] * tiles, [&](uint32_t item) {
-    convolve_directly<T>(p, shared, shape.list[shape.plan->first[0] + item / tiles], item % tiles);
-  });
+    const uint32_t tiles = shape.tiles(32);
+    for_items<32>(shared, unit, shape.plan->count[0] * tiles, [&](uint32_t item) {
+      convolve_directly<T>(p, shared, shape.list[shape.plan->first[0] + item / tiles], item % tiles);
+    });
+  }
 }
 
 }  // namespace
 
 template <class T>
-void convolve(const ConvParams& p, int blocks, cudaStream_t stream) {
+size_t staged_bytes(int fft_classes) {
+  const int threads = conv_threads(fft_classes);
+  size_t bytes = 0;
+  for (int c = 1; c <= fft_classes; ++c) {
+    bytes = std::max(bytes, with_size(c, [&](auto size) {
+                       using Tile = ConvTile<size>;
+                       return shared_bytes<Tile>(threads) + threads / Tile::kThreads * RowBuffer<T, Tile>::kBytes;
+                     }));
+  }
+  return std::max(bytes, gradient_bytes<T>(fft_classes, true));
+}
+
+template <class T>
+void convolve(const ConvParams& p, bool staged, int blocks, cudaStream_t stream) {
   const int threads = conv_threads(p.shape.fft_classes);
-  const size_t direct = kOpaqueBytes + size_t(threads) * kDirectRows * sizeof(float);
-  launch("long conv", convolve_kernel<T>, blocks, threads, std::max(direct, conv_shared_bytes(threads)), stream, p);
+  const size_t direct = kFrontBytes + size_t(threads) * kDirectRows * sizeof(float);
+  const size_t transforms = staged ? staged_bytes<T>(p.shape.fft_classes) : conv_shared_bytes(threads);
+  launch("long conv", staged ? convolve_kernel<T, true> : convolve_kernel<T, false>, blocks, threads,
+         std::max(direct, transforms), stream, p);
 }
 
 }  // namespace packseq::longconv

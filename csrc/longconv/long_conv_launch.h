@@ -1,6 +1,7 @@
 // What the host needs of the long convolution's kernels: one element type a file, written into the build folder by
 // CMake.
 #pragma once
+#include "longconv/long_conv_filter.cuh"
 #include "longconv/long_conv_plan.cuh"
 
 namespace packseq::longconv {
@@ -17,15 +18,18 @@ struct ConvCall {
 struct ConvParams {
   Shape shape;
   ConvCall call;
-  const float4* spectra;
+  const float4* spectra;  // of the filter, as FftTile::weights()
   const float* lags;
   bool two_sided;
+  int32_t first_class;  // of those that are transformed
 };
 
 // The filter's gradient, as sums over the sequences of a chunk.
 struct GradientParams {
   Shape shape;
-  ConvCall x, dy;  // of which only the inputs and what gates them are read
+  ConvCall x;  // of which only the input and what gates it are read
+  ConvCall dy;
+  const float4* spectra;  // of the filter, as FftTile::weights()
   bool two_sided;
   float* direct_sums;  // [chunks, kLagGroups, kBlockLags, channels]
   float4* sums;        // class by class, each [chunks, kSlots, lines, channels]
@@ -39,45 +43,28 @@ struct SkipParams {
   float* sums;  // [parts of kSkipRows rows, channels]
 };
 
-// Sequences in blocks: channels channel0 ... channel0 + channels are worked now.
+// Sequences in blocks, forward (x's input to x's output) or backward.
 struct BlockParams {
   Shape shape;
-  ConvCall call;
-  int64_t channel0, channels;
-  float4* spectra;  // [blocks of all sequences, kSlots, lines, channels]
+  Filter filter;
+  ConvCall x, dy;                       // backward, x's output is the gate's gradient, and may be nullptr
+  int32_t blocks_before, blocks_after;  // of the filter, as far as the longest sequence can reach
+  bool backward;
+  float4* pool;  // for the spectra of some channels
+  int64_t pool_elements;
+  float *dk, *dk_after;  // which the gradient is added to
 };
 
+// staged: rows go through shared memory, 16 bytes at a time. There is as much of it and every tensor lies so.
 template <class T>
-void convolve(const ConvParams&, int blocks, cudaStream_t);
+void convolve(const ConvParams&, bool staged, int blocks, cudaStream_t);
 template <class T>
-void gradient_sums(const GradientParams&, int blocks, cudaStream_t);
+void gradients(const GradientParams&, bool staged, int blocks, cudaStream_t);
+template <class T>
+size_t staged_bytes(int fft_classes);
 template <class T>
 void skip_sums(const SkipParams&, cudaStream_t);
 template <class T>
-void transform_blocks(const BlockParams&, int blocks, cudaStream_t);
-template <class T>
-void inverse_blocks(const BlockParams&, int blocks, cudaStream_t);
-
-// Products of spectra, frequency by frequency, between the two.
-struct BlockProductParams {
-  Shape shape;
-  int64_t channels;  // of those worked now
-  int64_t blocks_before, blocks_after;
-  const float4* filter;  // [blocks_before + blocks_after, kSlots, lines, channels]
-  const float4* input;   // [blocks of all sequences, kSlots, lines, channels]
-  float4* output;        // the same; may be the input where the filter has one side
-  bool correlate;        // with the filter, where the gradient of the input is wanted
-};
-
-struct BlockSumsParams {
-  Shape shape;
-  int64_t channels;
-  int64_t blocks_before, distances;  // from -blocks_before on
-  const float4 *input, *dout;
-  float4* sums;  // [distances, kSlots, lines, channels]
-};
-
-void multiply_blocks(const BlockProductParams&, int blocks, cudaStream_t);
-void sum_block_products(const BlockSumsParams&, int blocks, cudaStream_t);
+void convolve_blocks(const BlockParams&, bool staged, int blocks, cudaStream_t);
 
 }  // namespace packseq::longconv

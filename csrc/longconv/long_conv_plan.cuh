@@ -17,6 +17,10 @@ constexpr int kFftClasses = 6;
 constexpr int kClasses = kFftClasses + 2;  // direct, transforms, blocks
 constexpr int kLong = kClasses - 1;
 
+// Backward, up to this size one kernel makes the gradients of the input and of the filter. With the largest a block of
+// threads has two channels, and reads and writes rows in too small parts.
+constexpr int kFusedClasses = 5;
+
 PACKSEQ_HOST_DEVICE constexpr int size_of_class(int c) { return 64 << c; }
 static_assert(size_of_class(kFftClasses) == kLargestSize && size_of_class(0) == kDirectRows);
 
@@ -32,9 +36,14 @@ PACKSEQ_HOST_DEVICE int class_of(int64_t rows, int fft_classes) {
 // Where a class's spectrum begins among those of all classes, in complex numbers of a channel.
 PACKSEQ_HOST_DEVICE constexpr int spectrum_begin(int c) { return size_of_class(c) - size_of_class(1); }
 
+// A sequence in the list.
+struct ListedRows {
+  int32_t begin, end;
+};
+
 // A block of a sequence that is cut into blocks.
 struct LongBlock {
-  int32_t sequence;
+  ListedRows rows;       // of the whole sequence
   int32_t index, count;  // which of how many of the sequence; its first stands `index` places before in the list
 };
 
@@ -101,7 +110,7 @@ struct Shape {
   int64_t total, sequences, channels;
   int32_t fft_classes;
   const Plan* plan;
-  const int32_t* list;      // [sequences], class by class
+  const ListedRows* list;   // [sequences], class by class
   const LongBlock* blocks;  // [most_long_blocks]
   const float2* table;      // [kTableSize]
 

@@ -105,16 +105,18 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(const __grid_constant
 #pragma unroll
   for (int c = 0; c < kCounters; ++c) next[c] = counts[c] + (c < kClasses ? plan->first[c] : 0);
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t rows = span_of(shape.cu_seqlens, shape.sequences, shape.total, i).size();
+    const Span span = span_of(shape.cu_seqlens, shape.sequences, shape.total, i);
+    const int64_t rows = span.size();
     const int of = class_of(rows, shape.fft_classes);
 #pragma unroll
     for (int c = 0; c < kClasses; ++c) {
-      if (of == c) const_cast<int32_t*>(shape.list)[next[c]++] = int32_t(i);
+      if (of == c) const_cast<ListedRows*>(shape.list)[next[c]++] = {int32_t(span.begin), int32_t(span.end)};
     }
     if (of != kLong) continue;
     const int64_t count = divide_up(rows, block);
     for (int64_t b = 0; b < count && next[kClasses] + b < p.most_long_blocks; ++b) {
-      const_cast<LongBlock*>(shape.blocks)[next[kClasses] + b] = {int32_t(i), int32_t(b), int32_t(count)};
+      const_cast<LongBlock*>(shape.blocks)[next[kClasses] + b] = {
+          {int32_t(span.begin), int32_t(span.end)}, int32_t(b), int32_t(count)};
     }
     next[kClasses] += count;
   }

@@ -3,14 +3,10 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include "longconv/long_conv_filter.cuh"
 #include "longconv/long_conv_plan.cuh"
 
 namespace packseq::longconv {
-
-struct Filter {
-  const float *k, *k_after;  // [channels, taps], [channels, taps_after]
-  int64_t taps, taps_after;
-};
 
 struct PrepareParams {
   Shape shape;  // its plan, list, blocks and table are written
@@ -24,14 +20,6 @@ struct SpectraParams {
   float* lags;      // [kDirectLags, channels], from lag -kDirectRows on; of the direct class
 };
 
-struct BlockSpectraParams {
-  Shape shape;
-  Filter filter;
-  int64_t channel0, channels;  // those that are worked now
-  int64_t blocks_before, blocks;
-  float4* spectra;  // [blocks, kSlots, lines, channels]
-};
-
 struct FilterGradientParams {
   Shape shape;
   int64_t taps, taps_after;
@@ -42,19 +30,8 @@ struct FilterGradientParams {
   float *dk, *dk_after, *dD;
 };
 
-struct BlockGradientParams {
-  Shape shape;
-  int64_t taps, taps_after;
-  int64_t channel0, channels;
-  int64_t blocks_before, blocks;
-  const float4* sums;  // [blocks + 1, kSlots, lines, channels], by distance from -blocks_before on
-  float *dk, *dk_after;
-};
-
 void prepare(const PrepareParams&, cudaStream_t);
 void filter_spectra(const SpectraParams&, int threads, cudaStream_t);
-void filter_block_spectra(const BlockSpectraParams&, cudaStream_t);
 void filter_gradient(const FilterGradientParams&, int threads, cudaStream_t);
-void filter_block_gradient(const BlockGradientParams&, cudaStream_t);
 
 }  // namespace packseq::longconv

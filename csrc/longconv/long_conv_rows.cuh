@@ -21,41 +21,53 @@ struct Piece {
     const int64_t rows = channel < shape.channels ? min(span.size() - begin, most) : 0;
     return {reverse ? span.end - 1 - begin : span.begin + begin, int32_t(channel), int32_t(rows)};
   }
+  // A whole sequence.
+  __device__ static Piece of(const Shape& shape, ListedRows listed, int64_t channel, bool reverse) {
+    const int32_t rows = channel < shape.channels ? listed.end - listed.begin : 0;
+    return {reverse ? listed.end - 1 : listed.begin, int32_t(channel), rows};
+  }
 };
+
+// The filter's weights for a thread of a tile of channels.
+template <class Tile>
+__device__ FilterPlace filter_place(const Tile& tile, const float4* spectra, const Shape& shape, int c,
+                                    uint32_t channel_tile) {
+  const int64_t channel = min(int64_t(channel_tile) * Tile::kChannels + tile.channel, shape.channels - 1);
+  return {spectra + ((spectrum_begin(c) / 2 + tile.j) * shape.channels + channel),
+          int32_t(Tile::kLines * shape.channels)};
+}
 
 // Element t is row t of a piece.
 template <class T>
 struct Signal {
   T* first;
-  int64_t step;
+  int32_t step;
 
   __device__ Signal(const void* data, int64_t stride, const Piece& piece, bool reverse)
       : first(const_cast<T*>(static_cast<const T*>(data)) + piece.row * stride + piece.channel),
-        step(reverse ? -stride : stride) {}
+        step(int32_t(reverse ? -stride : stride)) {}
   __device__ Signal(const Rows& rows, const Piece& piece, bool reverse)
       : Signal(rows.data, rows.token, piece, reverse) {}
-  __device__ float operator()(int32_t t) const { return float(__ldg(first + t * step)); }
+  __device__ float operator()(int32_t t) const { return float(__ldg(first + int64_t(t) * step)); }
 };
 
 // Walks through the rows of a thread's registers: f(place, address of row t, of row t + 1, rows from t on), t even.
-// The address moves on from one row to the next, so that there is never more than one of them.
+// Addresses are multiples of the step from one base, an instruction each.
 template <class Tile, class T, class F>
 __device__ __forceinline__ void for_rows(const Tile& tile, const Signal<T>& signal, int rows, const F& f) {
   constexpr int kRuns = kPoints / Tile::kFirst, kHalf = Tile::kFirst / 2;
   const int j = tile.renewed().j;
-  const int64_t step = opaque(signal.step, tile.shared);
-  const int64_t next_run = 2 * Tile::kLines * step, next = 2 * Tile::kRest * step;
-  T* run = signal.first + 2 * j * step;
+  const int step = opaque(signal.step, tile.shared);
+  T* const base = signal.first + int64_t(2 * j) * step;
 #pragma unroll
   for (int s = 0; s < kRuns; ++s) {
-    T* at = run;
     const int left = rows - 2 * (j + Tile::kLines * s);
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
-      f(s * Tile::kFirst + i, at, at + step, left - 2 * Tile::kRest * i);
-      at += next;
+      constexpr auto at = [](int s, int i) { return 2 * (Tile::kLines * s + Tile::kRest * i); };
+      f(s * Tile::kFirst + i, base + int64_t(step) * at(s, i), base + int64_t(step) * (at(s, i) + 1),
+        left - 2 * Tile::kRest * i);
     }
-    run += next_run;
   }
 }
 
@@ -64,19 +76,31 @@ __device__ __forceinline__ float load_or_zero(const T* at, bool exists) {
   return exists ? float(__ldg(at)) : 0.f;
 }
 
-// v becomes pre_gate input, and zero where there are no rows.
 template <class T, class Tile>
-__device__ __forceinline__ void load_rows(const Tile& tile, const ConvCall& call, const Piece& piece,
+__device__ __forceinline__ void load_rows(const Tile& tile, const Rows& from, const ConvCall& call, const Piece& piece,
                                           float2 (&v)[kPoints]) {
-  for_rows(tile, Signal<const T>(call.input, piece, call.reverse), piece.rows,
+  for_rows(tile, Signal<const T>(from, piece, call.reverse), piece.rows,
            [&](int place, const T* even, const T* odd, int left) {
              v[place] = {load_or_zero(even, left > 0), load_or_zero(odd, left > 1)};
            });
-  if (!call.pre_gate.data) return;
-  for_rows(tile, Signal<const T>(call.pre_gate, piece, call.reverse), piece.rows,
+}
+
+template <class T, class Tile>
+__device__ __forceinline__ void multiply_rows(const Tile& tile, const Rows& by, const ConvCall& call,
+                                              const Piece& piece, float2 (&v)[kPoints]) {
+  if (!by.data) return;
+  for_rows(tile, Signal<const T>(by, piece, call.reverse), piece.rows,
            [&](int place, const T* even, const T* odd, int left) {
              v[place].x *= load_or_zero(even, left > 0), v[place].y *= load_or_zero(odd, left > 1);
            });
+}
+
+// v becomes pre_gate input, and zero where there are no rows.
+template <class T, class Tile>
+__device__ __forceinline__ void load_input(const Tile& tile, const ConvCall& call, const Piece& piece,
+                                           float2 (&v)[kPoints]) {
+  load_rows<T>(tile, call.input, call, piece, v);
+  multiply_rows<T>(tile, call.pre_gate, call, piece, v);
 }
 
 template <class T, class Tile, class F>
@@ -84,46 +108,43 @@ __device__ __forceinline__ void store_rows(const Tile& tile, void* to, const Con
                                            int64_t channels, const F& value) {
   for_rows(tile, Signal<T>(to, channels, piece, call.reverse), piece.rows, [&](int place, T* even, T* odd, int left) {
     const float2 y = value(place);
-    if (left > 0) *even = T(y.x);
-    if (left > 1) *odd = T(y.y);
+    if (left > 0) __stcs(even, T(y.x));
+    if (left > 1) __stcs(odd, T(y.y));
   });
 }
 
-// Of y = v: D x is added, then everything that the call wants is written.
-template <class T, class Tile>
-__device__ __forceinline__ void finish_rows(const Tile& tile, const ConvCall& call, const Piece& piece,
-                                            int64_t channels, float2 (&v)[kPoints]) {
-  const auto signal = [&](const Rows& rows) { return Signal<const T>(rows, piece, call.reverse); };
+// Of y = v: D x is added, then everything that the call wants is written. load(x) makes x of the input, store() writes
+// v, what goes to `out`.
+template <class T, class Tile, class Load, class Store>
+__device__ __forceinline__ void finish(const Tile& tile, const ConvCall& call, const Piece& piece, int64_t channels,
+                                       float2 (&v)[kPoints], const Load& load, const Store& store) {
+  constexpr auto wanted = [](int place) { return place % Tile::kFirst < Tile::kFirst / 2; };
   if (call.D) {
-    const float D = piece.rows > 0 ? call.D[piece.channel] : 0.f;
-    if (call.pre_gate.data) {
-      float2 x[kPoints];
-      load_rows<T>(tile, call, piece, x);
-      for_rows(tile, signal(call.input), piece.rows, [&](int place, const T*, const T*, int) {
-        v[place] = {fmaf(D, x[place].x, v[place].x), fmaf(D, x[place].y, v[place].y)};
-      });
-    } else {
-      for_rows(tile, signal(call.input), piece.rows, [&](int place, const T* even, const T* odd, int left) {
-        v[place].x = fmaf(D, load_or_zero(even, left > 0), v[place].x);
-        v[place].y = fmaf(D, load_or_zero(odd, left > 1), v[place].y);
-      });
+    const float D = piece.rows > 0 ? __ldg(call.D + piece.channel) : 0.f;
+    float2 x[kPoints];
+    load(x);
+#pragma unroll
+    for (int i = 0; i < kPoints; ++i) {
+      if (wanted(i)) v[i] = {fmaf(D, x[i].x, v[i].x), fmaf(D, x[i].y, v[i].y)};
     }
   }
   if (call.out_other) {
     float2 other[kPoints];
-    for_rows(tile, signal(call.other), piece.rows, [&](int place, const T* even, const T* odd, int left) {
-      other[place] = {load_or_zero(even, left > 0), load_or_zero(odd, left > 1)};
-    });
+    load_rows<T>(tile, call.other, call, piece, other);
     store_rows<T>(tile, call.out_other, call, piece, channels, [&](int place) {
       return float2{v[place].x * other[place].x, v[place].y * other[place].y};
     });
   }
-  if (call.gate.data) {
-    for_rows(tile, signal(call.gate), piece.rows, [&](int place, const T* even, const T* odd, int left) {
-      v[place].x *= load_or_zero(even, left > 0), v[place].y *= load_or_zero(odd, left > 1);
-    });
-  }
-  store_rows<T>(tile, call.out, call, piece, channels, [&](int place) { return v[place]; });
+  multiply_rows<T>(tile, call.gate, call, piece, v);
+  store();
+}
+
+template <class T, class Tile>
+__device__ __forceinline__ void finish_rows(const Tile& tile, const ConvCall& call, const Piece& piece,
+                                            int64_t channels, float2 (&v)[kPoints]) {
+  finish<T>(
+      tile, call, piece, channels, v, [&](float2(&x)[kPoints]) { load_input<T>(tile, call, piece, x); },
+      [&] { store_rows<T>(tile, call.out, call, piece, channels, [&](int place) { return v[place]; }); });
 }
 
 }  // namespace packseq::longconv

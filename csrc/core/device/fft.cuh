@@ -131,29 +131,36 @@ __device__ __forceinline__ void transform_to_lower_half(float2* v) {
   for (int k = 0; k < kHalf; ++k) v[k] = v[k] + turn<kSign>(odd[k], k * (32 / kSize));
 }
 
-// v[k] *= w^k, w = exp(kSign 2 pi i e / table size) where table[m] = exp(-2 pi i m / size): the powers are products of
-// two entries, exact to two roundings. step: e times what one root of unity is in the table.
+// v[k] *= w^k for a root of unity w, or its conjugate where kSign is 1. powers[(k - 1) step] is w^k.
 template <int kSize, int kSign>
-__device__ __forceinline__ void multiply_powers(float2* v, const float2* table, int e) {
-  constexpr int kLow = 4, kHigh = kSize / kLow;
-  const auto root = [&](int m) {
-    const float2 w = table[m];
+__device__ __forceinline__ void multiply_powers(float2* v, const float2* powers, int step) {
+#pragma unroll
+  for (int k = 1; k < kSize; ++k) {
+    const float2 w = powers[(k - 1) * step];
+    v[k] = v[k] * (kSign < 0 ? w : conjugate(w));
+  }
+}
+
+// The same where powers 1, 2, 3 and 4, 8, 12, ... are kept alone: the others are products of two, exact to two
+// roundings.
+__host__ __device__ constexpr int kept_powers(int size) { return 3 + size / 4 - 1; }
+__host__ __device__ constexpr int kept_power(int i) { return i < 3 ? i + 1 : 4 * (i - 2); }
+
+template <int kSize, int kSign>
+__device__ __forceinline__ void multiply_products_of_powers(float2* v, const float2* kept, int step) {
+  const auto power = [&](int i) {
+    const float2 w = kept[i * step];
     return kSign < 0 ? w : conjugate(w);
   };
-  if constexpr (kSize <= kLow) {
+  float2 low[4];
 #pragma unroll
-    for (int k = 1; k < kSize; ++k) v[k] = v[k] * root(k * e);
-  } else {
-    float2 low[kLow];
+  for (int k = 1; k < 4; ++k) low[k] = power(k - 1), v[k] = v[k] * low[k];
 #pragma unroll
-    for (int k = 1; k < kLow; ++k) low[k] = root(k * e), v[k] = v[k] * low[k];
+  for (int h = 1; h < kSize / 4; ++h) {
+    const float2 high = power(h + 2);
+    v[4 * h] = v[4 * h] * high;
 #pragma unroll
-    for (int h = 1; h < kHigh; ++h) {
-      const float2 high = root(kLow * h * e);
-      v[kLow * h] = v[kLow * h] * high;
-#pragma unroll
-      for (int k = 1; k < kLow; ++k) v[kLow * h + k] = v[kLow * h + k] * (high * low[k]);
-    }
+    for (int k = 1; k < 4; ++k) v[4 * h + k] = v[4 * h + k] * (high * low[k]);
   }
 }
 
