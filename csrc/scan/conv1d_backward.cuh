@@ -120,55 +120,63 @@ __global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 16 ? kBlocks : 1
     const int64_t stride = run.step * p.channels;
     float waiting[kWidth][kVec] = {};  // at step q: gradients of the rows q - kState ... q
     int unwritten = 0;                 // the first step whose row is not written
+    // plain: the step and the row that it completes lie in the run and in the sequence that the walk is in.
+    const auto step = [&](int n, int q, auto plain) {
+      if (!plain && q >= cursor.stop) {  // the sequence's last rows are complete; they are in its final state
+        const T* const dfinal = cursor.state<T>(b.dfinal_states, kWidth);
+#pragma unroll
+        for (int j = 0; j < kState; ++j) {
+          const int at = q - kState + j;
+          if (at < unwritten || at >= run.count) continue;
+#pragma unroll
+          for (int v = 0; v < kVec; ++v) waiting[j][v] += dfinal ? float(dfinal[v * kState + j]) : 0.f;
+          const Vector result = at >= cursor.start ? Vector::narrow(waiting[j]) : Vector::zero();
+          result.store(dx + j * stride);
+        }
+        unwritten = q;
+        cursor.move(q);
+      }
+      if (!plain && q == cursor.start) {
+        load_state<T, kVec, kWidth>(cursor.state<T>(p.initial_states, kWidth), window);
+      }
+      queue_x[n].widen(window[kState]);
+      float d[kVec];
+      queue_dout[n].widen(d);
+      queue_x[n] = x.next(), queue_dout[n] = dout.next();
+      if (p.silu) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) d[v] = __fmul_rn(d[v], silu_slope(taps.apply(window, v)));
+      }
+      if (!plain && q < cursor.start) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) d[v] = 0;
+      } else if (plain || q < run.count) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) sums.add(d[v], window, v);
+      }
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+#pragma unroll
+        for (int k = 0; k < kState; ++k) waiting[k][v] = fmaf(taps.weight[v * kWidth + k], d[v], waiting[k][v]);
+        // Rounded by itself: fused with what is added next, or not, as the compiler likes, it would have other bits.
+        waiting[kState][v] = __fmul_rn(taps.weight[v * kWidth + kState], d[v]);
+      }
+      const int complete = q - kState;
+      if (plain || (complete >= unwritten && complete < run.count)) {
+        const Vector result = plain || complete >= cursor.start ? Vector::narrow(waiting[0]) : Vector::zero();
+        result.store(dx);
+      }
+      dx += stride;
+      advance<kVec, kWidth>(window);
+      advance<kVec, kWidth>(waiting);
+    };
     for (int q0 = 0; q0 < steps; q0 += kBatch) {
+      if (q0 - kState >= max(cursor.start, unwritten) && q0 + kBatch <= min(cursor.stop, run.count)) {
 #pragma unroll
-      for (int n = 0; n < kBatch; ++n) {
-        const int q = q0 + n;
-        if (q >= cursor.stop) {  // the sequence's last rows are complete; they are in its final state
-          const T* const dfinal = cursor.state<T>(b.dfinal_states, kWidth);
+        for (int n = 0; n < kBatch; ++n) step(n, q0 + n, std::true_type());
+      } else {
 #pragma unroll
-          for (int j = 0; j < kState; ++j) {
-            const int at = q - kState + j;
-            if (at < unwritten || at >= run.count) continue;
-#pragma unroll
-            for (int v = 0; v < kVec; ++v) waiting[j][v] += dfinal ? float(dfinal[v * kState + j]) : 0.f;
-            const Vector result = at >= cursor.start ? Vector::narrow(waiting[j]) : Vector::zero();
-            result.store(dx + j * stride);
-          }
-          unwritten = q;
-          cursor.move(q);
-        }
-        if (q == cursor.start) load_state<T, kVec, kWidth>(cursor.state<T>(p.initial_states, kWidth), window);
-        queue_x[n].widen(window[kState]);
-        float d[kVec];
-        queue_dout[n].widen(d);
-        queue_x[n] = x.next(), queue_dout[n] = dout.next();
-        if (p.silu) {
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) d[v] *= silu_slope(taps.apply(window, v));
-        }
-        if (q < cursor.start) {
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) d[v] = 0;
-        } else if (q < run.count) {
-#pragma unroll
-          for (int v = 0; v < kVec; ++v) sums.add(d[v], window, v);
-        }
-#pragma unroll
-        for (int v = 0; v < kVec; ++v) {
-#pragma unroll
-          for (int k = 0; k < kState; ++k) waiting[k][v] = fmaf(taps.weight[v * kWidth + k], d[v], waiting[k][v]);
-          // Rounded by itself: fused with what is added next, or not, as the compiler likes, it would have other bits.
-          waiting[kState][v] = __fmul_rn(taps.weight[v * kWidth + kState], d[v]);
-        }
-        const int complete = q - kState;
-        if (complete >= unwritten && complete < run.count) {
-          const Vector result = complete >= cursor.start ? Vector::narrow(waiting[0]) : Vector::zero();
-          result.store(dx);
-        }
-        dx += stride;
-        advance<kVec, kWidth>(window);
-        advance<kVec, kWidth>(waiting);
+        for (int n = 0; n < kBatch; ++n) step(n, q0 + n, std::false_type());
       }
     }
   }
