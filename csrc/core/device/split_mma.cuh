@@ -1,0 +1,56 @@
+// Products of floats on tensor cores, of which each factor is the sum of two numbers of 11 bits: three products, the
+// fourth being below 2^-22 of the first. Large products and small ones are summed apart: what a tensor core cuts off
+// depends on the largest number in a sum.
+#pragma once
+#include <cstdint>
+
+#include "core/device/mma.cuh"
+
+namespace packseq {
+
+struct Split {
+  uint32_t high, low;
+};
+
+// The lower part's own last bits, which tensor cores ignore, are left in.
+__device__ __forceinline__ Split split(float x) {
+  const uint32_t high = __float_as_uint(x) & 0xffffe000u;
+  return {high, __float_as_uint(x - __uint_as_float(high))};
+}
+
+// Fragments of a split A[16, 8].
+struct SplitRows {
+  uint32_t high[4], low[4];
+
+  // x[row][column]: of rows g and g + 8, columns t and t + 4.
+  __device__ __forceinline__ explicit SplitRows(const float (&x)[2][2]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Split parts = split(x[i % 2][i / 2]);
+      high[i] = parts.high, low[i] = parts.low;
+    }
+  }
+};
+
+// A sum [16, 8] of such products.
+struct SplitSum {
+  float large[4] = {}, small[4] = {};
+
+  // b: B's fragments {high, high, low, low}.
+  __device__ __forceinline__ void add(const SplitRows& a, uint4 b) {
+    mma_16x8x8_tf32(small, a.low, b.x, b.y);
+    mma_16x8x8_tf32(small, a.high, b.z, b.w);
+    mma_16x8x8_tf32(large, a.high, b.x, b.y);
+  }
+  __device__ __forceinline__ float operator[](int i) const { return large[i] + small[i]; }
+};
+
+// Writes element (k, n) of B[8, 8], as one of two neighbouring k = 2 t + second, into fragments kept in shared memory
+// lane by lane: column t of A then stands for k = 2 t, t + 4 for 2 t + 1.
+__device__ __forceinline__ void store_split(uint4* fragments, int k, int n, float x) {
+  uint32_t* const to = reinterpret_cast<uint32_t*>(fragments + n * 4 + k / 2) + k % 2;
+  const Split parts = split(x);
+  to[0] = parts.high, to[2] = parts.low;
+}
+
+}  // namespace packseq
