@@ -2,16 +2,21 @@
 //
 // A block takes one filter, one channel and a tile of frequencies. First, threads own frequencies: the sums that the
 // low-rank correction is made of are computed again, and from them a[t], the conjugate gradient of each q[t]. Then
-// threads own poles, and walk over the frequencies: with E = 1 / D, they sum over them the real parts of
+// warps own poles, and walk over the frequencies: they sum over them the real parts of
 //
-//   e a[t] E          the gradient of n0[t]
-//   i y a[t] E        the gradient of n1[t]
-//   -(n0[t] e + i n1[t] y) a[t] E^2  times e^2 and i e y, over all t: the gradients of |W|^2 and c.
+//   e a[t] / D        the gradient of n0[t]
+//   i y a[t] / D      the gradient of n1[t]
+//   -(n0[t] e + i n1[t] y) a[t] / D^2  times e^2 and i e y, over all t: the gradients of |W|^2 and c
 //
-// With four terms (rank 1) the two walks issue 22 and 61 instructions a pole and frequency, loads included: 1.5 ms of
-// an H200's issue slots for 1,024 channels, 16,384 frequencies and 32 pairs, of which the 2 x 16 products of the four
-// terms in the second walk are the largest part. A last kernel sums the tiles' shares in order, and turns gradients of
-// n0, n1, |W|^2 and c into those of the parameters.
+// as products of matrices [poles, frequencies] and [frequencies, terms] on tensor cores. Their left factors are taken
+// from D / c = d = u + i e y, with R = u / |d|^2 and S = 1 / |d|^2:
+//
+//   c / D = R - i e y S,      c^2 e^2 / D^2 = 2 e^2 (R^2 - S / 2) - 2 i e y (e^2 R S),
+//
+// so that both share the right factors of e a[t] and i y a[t]. The last sum, of y^2 for e^2, follows from the others.
+//
+// A last kernel sums the tiles' shares in order, and turns gradients of n0, n1, |W|^2 and c into those of the
+// parameters.
 #pragma once
 #include "longconv/s4_sums.cuh"
 
@@ -42,9 +47,8 @@ struct S4BackwardMemory {
   using Sums = S4Sums<kRank, 1, kS4Step<kRank> / 64>;
   static constexpr int kPoles = Sums::Poles::kPoles, kTiles = Sums::Poles::kTiles, kSteps = kS4Step<kRank> / 8;
   // Factors B of products over eight frequencies: with Y = y Im a[t], A = e Re a[t] columns t and 4 + t are
-  //   A, -Y      times Re D / |D|^2                Y e^2, A y^2      times c / |D|^2
-  //   A e^2, -Y e^2      times Re(1 / D^2) / 2     Y e^4, A e^2 y^2  times c Re D / |D|^4
-  static constexpr int kFactors = 4;
+  //   A, -Y      times R and e^2 (R^2 - S / 2)      Y e^2, A y^2      times S and e^2 R S
+  static constexpr int kFactors = 2;
   // Warps side by side share frequencies and have 16 kRows poles each.
   static constexpr int kRows = kRank == 2 ? 1 : 2, kAcross = kPoles / (16 * kRows);
   static constexpr int kApart = kS4Threads / 32 / kAcross;
@@ -53,9 +57,20 @@ struct S4BackwardMemory {
     float sums[kApart][kTiles][2][8][kPoles];
   };
   float2 node[kS4Step<kRank>];  // e^2, y^2
+  float2 pole[kPoles];          // |W|^2, 1 / c
   // Lane by lane, and four more to a step, so that nodes of two steps are written to banks of their own.
   uint4 factor[kTiles][kSteps][kFactors * 32 + 4];
   __device__ S4BackwardMemory() {}
+
+  // Where there are no more poles, the last one once more, for nobody. A pole on the imaginary axis is moved off it, by
+  // less than it is rounded.
+  __device__ __forceinline__ void load_poles(const S4Call& s, int64_t channel, int first) {
+    if (threadIdx.x >= kPoles) return;
+    const int n = min(first + int(threadIdx.x), s.poles - 1);
+    const float size = s4_square_of_size(s, channel, n);
+    const float c = -2.0f * kS4Scale * s.dt[channel] * s.w[channel * s.poles + n].re;
+    pole[threadIdx.x] = {size, 1.0f / copysignf(fmaxf(fabsf(c), 0x1p-24f * sqrtf(size)), c)};
+  }
 };
 
 // The conjugate gradients a[t] of all q[t], from the output's gradient and q[1 ...].
@@ -91,8 +106,7 @@ __device__ __forceinline__ void s4_output_gradients(Complex dout, Complex half, 
 // The factors of kS4Step frequencies from `first` on.
 template <int kRank>
 __device__ __forceinline__ void s4_fill_factors(const S4Backward& b, S4BackwardMemory<kRank>& memory, int64_t filter,
-                                                int64_t channel, int64_t first, const HalfTurns& half_turns,
-                                                int64_t& held) {
+                                                int64_t channel, int64_t first, const S4Nodes& nodes, int64_t& held) {
   using Terms = S4Terms<kRank, 1>;
   using Memory = S4BackwardMemory<kRank>;
   constexpr int kNodes = Memory::Sums::kNodes;  // of a warp
@@ -101,62 +115,56 @@ __device__ __forceinline__ void s4_fill_factors(const S4Backward& b, S4BackwardM
   const int i = threadIdx.x / 32 * kNodes + threadIdx.x % kNodes;
   const bool there = first + i < frequencies;
   const int64_t j = there ? first + i : frequencies - 1;
-  const Complex half = half_turns.at(j);
-  const S4Node node = S4Node::at(half);
+  const Complex dout = there ? b.dout[(filter * s.channels + channel) * frequencies + j] : Complex{};
+  const S4Node node = nodes.at(j);
   Complex q[Terms::kCount] = {}, a[Terms::kCount];
   if constexpr (kRank > 0) memory.of_frequencies.at(s, channel, filter, node, held, q);
-  const Complex dout = b.dout[(filter * s.channels + channel) * frequencies + j];
-  s4_output_gradients<kRank>(there ? dout : Complex{}, half, node.e, q, a);
+  s4_output_gradients<kRank>(dout, node.half, node.e(), q, a);
   if (threadIdx.x % 32 >= kNodes) return;
   memory.node[i] = {node.e2, node.y2};
 #pragma unroll
   for (int t = 0; t < 4 * Memory::kTiles; ++t) {
     const Complex of_term = t < Terms::kCount ? a[t < Terms::kCount ? t : 0] : Complex{};
-    const float A = node.e * of_term.re, Y = node.y * of_term.im, Ae2 = A * node.e2, Ye2 = Y * node.e2;
-    const auto store = [&](int f, float of_n0, float of_n1) {
-      uint4* const to = memory.factor[t / 4][i / 8] + 32 * f;
-      store_split(to, i % 8, t % 4, of_n0), store_split(to, i % 8, 4 + t % 4, of_n1);
-    };
-    store(0, A, -Y), store(1, Ye2, A * node.y2), store(2, Ae2, -Ye2), store(3, Ye2 * node.e2, Ae2 * node.y2);
+    const float A = node.e() * of_term.re, Y = node.y * of_term.im;
+    uint4* const to = memory.factor[t / 4][i / 8];
+    store_split(to, i % 8, t % 4, A), store_split(to, i % 8, 4 + t % 4, -Y);
+    store_split(to + 32, i % 8, t % 4, Y * node.e2), store_split(to + 32, i % 8, 4 + t % 4, A * node.y2);
   }
 }
 
-// Two poles of a thread, rows g and g + 8 of a product: |W|^2, c and c^2.
+// Two poles of a thread, rows g and g + 8 of a product.
 struct S4PolePair {
-  float size[2], c[2], c2[2];
+  float size[2], by_c[2];  // |W|^2, 1 / c
 
-  __device__ __forceinline__ void load(const S4Call& s, int64_t channel, int n) {
+  __device__ __forceinline__ void load(const float2* pole) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const Complex w = s.w[channel * s.poles + min(n + 8 * h, s.poles - 1)], W = kS4Scale * s.dt[channel] * w;
-      size[h] = dot(W, W), c[h] = -2.0f * W.re, c2[h] = c[h] * c[h];
-    }
+    for (int h = 0; h < 2; ++h) size[h] = pole[8 * h].x, by_c[h] = pole[8 * h].y;
   }
 };
 
-// Adds products over eight frequencies: sums[tile][0] are shares of the gradients of n0 and n1, and [1] sums of
-// (e a e^2, i y a e^2) / D^2, halves of their real parts.
+// Adds products over eight frequencies: sums[tile][0] are shares of c times the gradients of n0 and n1, and [1] sums of
+// c^2 (e a e^2, i y a e^2) / D^2, halves of their real parts.
 template <int kTiles, int kFactors>
-__device__ __forceinline__ void s4_add_products(const S4PolePair& pole, float4 nodes,
+__device__ __forceinline__ void s4_add_products(const S4PolePair& pole, float4 squares,
                                                 const uint4 (&factor)[kTiles][kFactors], SplitSum (&sums)[kTiles][2]) {
-  const float e2[2] = {nodes.x, nodes.z}, y2[2] = {nodes.y, nodes.w};
-  float e[2][2], r[2][2], e_squared[2][2], er[2][2];
+  const float e2[2] = {squares.x, squares.z}, y2[2] = {squares.y, squares.w};
+  float R[2][2], S[2][2], R_of_square[2][2], S_of_square[2][2];
 #pragma unroll
   for (int h = 0; h < 2; ++h)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const float real = fmaf(pole.size[h], e2[k], -y2[k]);
-      const float inverse = reciprocal_approx(fmaf(real, real, pole.c2[h] * (e2[k] * y2[k])));
-      e[h][k] = real * inverse;  // 1 / D is e - i e y r
-      r[h][k] = pole.c[h] * inverse;
-      e_squared[h][k] = fmaf(e[h][k], e[h][k], -0.5f * inverse);  // 1 / D^2 is 2 e_squared - 2 i e y er
-      er[h][k] = e[h][k] * r[h][k];
+      const float u = fmaf(pole.size[h], e2[k], -y2[k]) * pole.by_c[h];
+      S[h][k] = reciprocal_approx(fmaf(u, u, e2[k] * y2[k]));
+      R[h][k] = u * S[h][k];
+      const float by_e2 = S[h][k] * e2[k];
+      R_of_square[h][k] = fmaf(u, R[h][k], -0.5f) * by_e2;
+      S_of_square[h][k] = R[h][k] * by_e2;
     }
-  const SplitRows of_e(e), of_r(r), of_e_squared(e_squared), of_er(er);
+  const SplitRows of_R(R), of_S(S), of_R_of_square(R_of_square), of_S_of_square(S_of_square);
 #pragma unroll
   for (int t = 0; t < kTiles; ++t) {
-    sums[t][0].add(of_e, factor[t][0]), sums[t][0].add(of_r, factor[t][1]);
-    sums[t][1].add(of_e_squared, factor[t][2]), sums[t][1].add(of_er, factor[t][3]);
+    sums[t][0].add(of_R, factor[t][0]), sums[t][0].add(of_S, factor[t][1]);
+    sums[t][1].add(of_R_of_square, factor[t][0]), sums[t][1].add(of_S_of_square, factor[t][1]);
   }
 }
 
@@ -169,14 +177,15 @@ __device__ __forceinline__ void s4_store_share(const S4Call& s, const S4Backward
   constexpr int kFields = kS4Fields<kRank>;
   const int i = threadIdx.x, n = first + i;
   if (i >= Memory::kPoles || n >= s.poles) return;
-  const auto sum_of = [&](int t, int which, int half) {
+  const auto [size, by_c] = memory.pole[i];
+  const auto sum_of = [&, by_c = by_c](int t, int which, int half) {
     float x = 0.0f;
 #pragma unroll
     for (int k = 0; k < Memory::kApart; ++k) x += memory.sums[k][t / 4][which][half * 4 + t % 4][i];
-    return x;
+    return which ? by_c * (by_c * x) : by_c * x;
   };
   const Complex W = kS4Scale * s.dt[channel] * s.w[channel * s.poles + n];
-  const float size = dot(W, W), c = -2.0f * W.re;
+  const float c = -2.0f * W.re;
   Complex v[Terms::kCount];
   s4_numerators<kRank, 1>(s, channel, filter, n, v);
   float x[kFields] = {};
@@ -207,33 +216,34 @@ __global__ void __launch_bounds__(kS4Threads) s4_spectrum_backward_kernel(const 
   const int64_t tile = blockIdx.x % unsigned(b.tiles), row = blockIdx.x / unsigned(b.tiles);
   const int64_t channel = row % s.channels, filter = row / s.channels;
   const int64_t begin = tile * kS4Tile, end = min(begin + kS4Tile, s.frequencies());
-  const HalfTurns half_turns(s.length);
+  const S4Nodes nodes(s.length);
   int64_t held = -1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row_of_lane = lane / 4, across = lane % 4;
   const bool at_once = s.poles <= Memory::kPoles;  // a block's sums stay in registers
   float* const shares = b.shares + ((filter * b.tiles + tile) * s.channels + channel) * kS4Fields<kRank> * s.poles;
   float total[kRows][kTiles][2][4] = {};
+  memory.load_poles(s, channel, 0);
 #pragma unroll 1
   for (int64_t first_frequency = begin; first_frequency < end; first_frequency += kS4Step<kRank>) {
     __syncthreads();
-    s4_fill_factors<kRank>(b, memory, filter, channel, first_frequency, half_turns, held);
+    s4_fill_factors<kRank>(b, memory, filter, channel, first_frequency, nodes, held);
     __syncthreads();
     for (int first = 0; first < s.poles; first += Memory::kPoles) {
       SplitSum sums[kRows][kTiles][2];
-      const int first_row = first + warp % kAcross * 16 * kRows;
+      const int first_row = warp % kAcross * 16 * kRows + row_of_lane;
       S4PolePair pole[kRows];
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) pole[m].load(s, channel, first_row + 16 * m + row_of_lane);
+      for (int m = 0; m < kRows; ++m) pole[m].load(memory.pole + first_row + 16 * m);
 #pragma unroll 1
       for (int step = warp / kAcross; step < Memory::kSteps; step += kApart) {
-        const float4 nodes = *reinterpret_cast<const float4*>(&memory.node[8 * step + 2 * across]);
+        const float4 squares = *reinterpret_cast<const float4*>(&memory.node[8 * step + 2 * across]);
         uint4 factor[kTiles][Memory::kFactors];
 #pragma unroll
         for (int t = 0; t < kTiles; ++t)
 #pragma unroll
           for (int f = 0; f < Memory::kFactors; ++f) factor[t][f] = memory.factor[t][step][32 * f + lane];
 #pragma unroll
-        for (int m = 0; m < kRows; ++m) s4_add_products(pole[m], nodes, factor, sums[m]);
+        for (int m = 0; m < kRows; ++m) s4_add_products(pole[m], squares, factor, sums[m]);
       }
 #pragma unroll
       for (int m = 0; m < kRows; ++m)
@@ -253,13 +263,15 @@ __global__ void __launch_bounds__(kS4Threads) s4_spectrum_backward_kernel(const 
           for (int which = 0; which < 2; ++which)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              const int n = first_row - first + 16 * m + 8 * (i / 2) + row_of_lane;
-              memory.sums[warp / kAcross][t][which][2 * across + i % 2][n] = total[m][t][which][i];
+              memory.sums[warp / kAcross][t][which][2 * across + i % 2][first_row + 16 * m + 8 * (i / 2)] =
+                  total[m][t][which][i];
               total[m][t][which][i] = 0.0f;
             }
       __syncthreads();
       s4_store_share<kRank>(s, memory, channel, filter, first, shares, !at_once && first_frequency != begin);
       held = -1;
+      memory.load_poles(s, channel, first + Memory::kPoles < s.poles ? first + Memory::kPoles : 0);
+      __syncthreads();
     }
   }
 }

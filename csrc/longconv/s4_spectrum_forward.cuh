@@ -23,25 +23,24 @@ __global__ void __launch_bounds__(kS4Threads) s4_spectrum_kernel(const __grid_co
   const int64_t channel = blockIdx.x / unsigned(params.tiles), frequencies = s.frequencies();
   const int64_t first = blockIdx.x % unsigned(params.tiles) * int64_t(kS4ForwardTile);
   const int64_t last = min(first + kS4ForwardTile, frequencies);
-  const HalfTurns half_turns(s.length);
+  const S4Nodes nodes(s.length);
   int64_t held = -1;
   for (int64_t first_filter = 0; first_filter < s.filters; first_filter += kFilters) {
 #pragma unroll 1
     for (int64_t j = first + threadIdx.x; j - threadIdx.x < last; j += kS4Threads) {
-      const Complex half = half_turns.at(min(j, frequencies - 1));
-      const S4Node node = S4Node::at(half);
+      const S4Node node = nodes.at(min(j, frequencies - 1));
       Complex q[Terms::kCount];
       sums.at(s, channel, first_filter, node, held, q);
       if (j >= frequencies) continue;
       Complex left[kRank + 1];  // e (1 + e Q)^-1 q(B, P^*)
       if constexpr (kRank > 0) {
         Complex M[kRank * kRank];
-        s4_inverse<kRank>(&q[Terms::of_inner(0, 0)], node.e, M);
+        s4_inverse<kRank>(&q[Terms::of_inner(0, 0)], node.e(), M);
 #pragma unroll
         for (int a = 0; a < kRank; ++a) {
           Complex sum = M[a * kRank] * q[Terms::of_left(0)];
           if constexpr (kRank == 2) sum = sum + M[a * kRank + 1] * q[Terms::of_left(1)];
-          left[a] = node.e * sum;
+          left[a] = node.e() * sum;
         }
       }
 #pragma unroll
@@ -50,7 +49,7 @@ __global__ void __launch_bounds__(kS4Threads) s4_spectrum_kernel(const __grid_co
         Complex sum = q[Terms::of_output(f)];
 #pragma unroll
         for (int a = 0; a < kRank; ++a) sum = sum - left[a] * q[Terms::of_right(f, a)];
-        params.out[((first_filter + f) * s.channels + channel) * frequencies + j] = half * sum;
+        params.out[((first_filter + f) * s.channels + channel) * frequencies + j] = node.half * sum;
       }
     }
   }

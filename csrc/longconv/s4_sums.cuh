@@ -7,9 +7,17 @@
 //   out     = exp(i theta / 2) (q(B, C) - e q(P, C) (1 + e q(P, P^*))^-1 q(B, P^*)),
 //
 // which holds at theta = pi too. A pair's terms are together (n0 e + i n1 y) / D as in cauchy_forward.cuh, with w e for
-// the pole: D = (|W| e)^2 - y^2 + i c e y, W = dt w, c = -2 Re W. The denominator takes 7 operations, each sum 4 more.
+// the pole: D = |W|^2 e^2 - y^2 + i c e y, W = dt w, c = -2 Re W. With R = Re D / |D|^2 and S = 1 / |D|^2 a sum is
 //
-// dt and y are both taken kScale times as large, which changes no quotient but keeps |D|^3 of slow poles in range.
+//   e (sum of n0 R + y^2 sum of n1 c S) + i y (sum of n1 R - e^2 sum of n0 c S),
+//
+// products of matrices [nodes, poles] and [poles, terms], which tensor cores add up. R and S take 5 operations and a
+// reciprocal a pole and node, and 8 more in two parts; the terms take none.
+//
+// Near its resonance a pole magnifies what is wrong with |W|^2, e^2 and y^2 by |W| / Re W, far more than the sums lose:
+// all three are rounded once.
+//
+// dt and y are both taken kS4Scale times as large, which changes no quotient but keeps |D|^3 of slow poles in range.
 #pragma once
 #include "core/device/complex.cuh"
 #include "core/device/exp2.cuh"
@@ -46,38 +54,46 @@ struct S4Call {
   }
 };
 
-// exp(i theta / 2) at theta = 2 pi j / length, to the last bit or two: j / length in two floats.
-class HalfTurns {
- public:
-  __device__ explicit HalfTurns(int64_t length) : length_(length), by_(1.0f / float(length)) {}
+struct S4Node {
+  Complex half;  // exp(i theta / 2)
+  float y, e2, y2;
 
-  __device__ __forceinline__ Complex at(int64_t j) const {
-    float turns, rest;
+  __device__ float e() const { return half.re; }
+};
+
+// The nodes theta = 2 pi j / length, j up to length / 2.
+class S4Nodes {
+ public:
+  __device__ explicit S4Nodes(int64_t length) : length_(length), by_(1.0f / float(length)) {}
+
+  __device__ __forceinline__ S4Node at(int64_t j) const {
+    float turns, rest;  // j / length in two floats
     if (length_ <= int64_t(1) << 24) {
-      turns = float(int(j)) * by_;
+      turns = __fmul_rn(float(int(j)), by_);
       rest = fmaf(-turns, float(length_), float(int(j))) * by_;
     } else {
       const double exact = double(j) / double(length_);
       turns = float(exact), rest = float(exact - turns);
     }
-    float sine, cosine;
-    sincospif(turns, &sine, &cosine);
-    rest *= 3.14159265f;
-    return {fmaf(-sine, rest, cosine), fmaf(cosine, rest, sine)};
+    // pi x is the smaller of theta / 2 and pi / 2 - theta / 2; its sine in two floats.
+    const bool late = turns > 0.25f;
+    const float x = late ? 0.5f - turns : turns, x2 = x * x, pi_rest = kPi * (late ? -rest : rest);
+    const float linear = __fmul_rn(kPi, x);
+    const float cubic = x * x2 * fmaf(fmaf(-0.58941877f, x2, 2.5498052f), x2, -5.1677089f);
+    const float more = cubic + (fmaf(kPi, x, -linear) + fmaf(-8.742278e-8f, x, pi_rest));
+    const float sine = linear + more, low = (linear - sine) + more;
+    const float sine2 = fmaf(sine, sine, 2.0f * sine * low), cosine2 = 1.0f - sine2;
+    const float quadratic = fmaf(fmaf(fmaf(0.23136424f, x2, -1.3350506f), x2, 4.0587077f), x2, -4.9348021f);
+    const float cosine = fmaf(quadratic, x2, fmaf(-pi_rest, sine, 1.0f));
+    constexpr float kTwice = 2.0f * kS4Scale;
+    if (late) return {{sine, cosine}, kTwice * cosine, sine2, kTwice * kTwice * cosine2};
+    return {{cosine, sine}, kTwice * sine, cosine2, kTwice * kTwice * sine2};
   }
 
  private:
+  static constexpr float kPi = 3.14159274f;
   int64_t length_;
   float by_;
-};
-
-struct S4Node {
-  float y, e, e2, y2;
-
-  PACKSEQ_HOST_DEVICE static S4Node at(Complex half) {
-    const float y = 2.0f * kS4Scale * half.im;
-    return {y, half.re, half.re * half.re, y * y};
-  }
 };
 
 namespace {
@@ -108,6 +124,13 @@ __device__ __forceinline__ void s4_numerators(const S4Call& s, int64_t channel, 
   }
 }
 
+// |W|^2, rounded once.
+__device__ __forceinline__ float s4_square_of_size(const S4Call& s, int64_t channel, int n) {
+  const Complex w = s.w[channel * s.poles + n];
+  const double dt = kS4Scale * s.dt[channel], re = dt * w.re, im = dt * w.im;
+  return float(re * re + im * im);
+}
+
 // Poles in shared memory, 32 at a time: |W|^2 and c^2, and the numerators as factors B of products over eight poles.
 // Beyond the last pole numerators are 0.
 template <int kRank, int kFilters>
@@ -124,7 +147,7 @@ struct S4Poles {
     const bool there = first + i < s.poles;
     const Complex W = there ? kS4Scale * s.dt[channel] * s.w[channel * s.poles + first + i] : Complex{1.0f, 0.0f};
     const float c = -2.0f * W.re;
-    pole[i] = {dot(W, W), c * c};
+    pole[i] = {there ? s4_square_of_size(s, channel, first + i) : 1.0f, c * c};
     Complex v[Terms::kCount] = {};
     if (there) s4_numerators<kRank, kFilters>(s, channel, first_filter, first + i, v);
 #pragma unroll
@@ -150,8 +173,8 @@ struct S4Sums {
   float2 of_warp[kS4Threads / 32][4 * Poles::kTiles][kPitch];
 
   // q[t] of this thread's node. Every thread of the block takes part.
-  __device__ __forceinline__ void at(const S4Call& s, int64_t channel, int64_t first_filter, S4Node node, int64_t& held,
-                                     Complex (&q)[kCount]) {
+  __device__ __forceinline__ void at(const S4Call& s, int64_t channel, int64_t first_filter, const S4Node& node,
+                                     int64_t& held, Complex (&q)[kCount]) {
     const int lane = threadIdx.x % 32, row = lane / 4, across = lane % 4;
     float e2[kRows][2], y2[kRows][2], ey2[kRows][2];
 #pragma unroll
@@ -212,7 +235,7 @@ struct S4Sums {
 #pragma unroll
       for (int t = 0; t < kCount; ++t) {
         const float2 sum = mine[t][lane % kNodes];
-        q[t].re = fmaf(node.e, sum.x, q[t].re);
+        q[t].re = fmaf(node.e(), sum.x, q[t].re);
         q[t].im = fmaf(node.y, sum.y, q[t].im);
       }
     }
