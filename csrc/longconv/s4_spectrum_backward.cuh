@@ -38,14 +38,15 @@ inline constexpr int kS4Fields = 2 * S4Terms<kRank, 1>::kCount + 2;
 // Frequencies of a block, and how many it has at a time.
 inline constexpr int kS4Tile = 1024;
 template <int kRank>
-inline constexpr int kS4Step = kRank == 2 ? 64 : 128;
+inline constexpr int kS4Step = kRank == 2 ? 64 : 256;
 
 namespace {
 
 template <int kRank>
 struct S4BackwardMemory {
-  using Sums = S4Sums<kRank, 1, kS4Step<kRank> / 64>;
-  static constexpr int kPoles = Sums::Poles::kPoles, kTiles = Sums::Poles::kTiles, kSteps = kS4Step<kRank> / 8;
+  using Sums = S4Sums<kRank, 1, kRank == 2 ? 1 : 2>;
+  static constexpr int kFill = kS4Threads / 32 * Sums::kNodes;  // frequencies that threads own at a time
+  static constexpr int kPoles = Sums::Poles::kPoles, kTiles = Sums::Poles::kTiles;
   // Factors B of products over eight frequencies: with Y = y Im a[t], A = e Re a[t] columns t and 4 + t are
   //   A, -Y      times R and e^2 (R^2 - S / 2)      Y e^2, A y^2      times S and e^2 R S
   static constexpr int kFactors = 2;
@@ -59,7 +60,7 @@ struct S4BackwardMemory {
   float2 node[kS4Step<kRank>];  // e^2, y^2
   float2 pole[kPoles];          // |W|^2, 1 / c
   // Lane by lane, and four more to a step, so that nodes of two steps are written to banks of their own.
-  uint4 factor[kTiles][kSteps][kFactors * 32 + 4];
+  uint4 factor[kTiles][kS4Step<kRank> / 8][kFactors * 32 + 4];
   __device__ S4BackwardMemory() {}
 
   // Where there are no more poles, the last one once more, for nobody. A pole on the imaginary axis is moved off it, by
@@ -103,10 +104,11 @@ __device__ __forceinline__ void s4_output_gradients(Complex dout, Complex half, 
   }
 }
 
-// The factors of kS4Step frequencies from `first` on.
+// The factors of kFill frequencies from `first` on, the place-th and following of the memory.
 template <int kRank>
 __device__ __forceinline__ void s4_fill_factors(const S4Backward& b, S4BackwardMemory<kRank>& memory, int64_t filter,
-                                                int64_t channel, int64_t first, const S4Nodes& nodes, int64_t& held) {
+                                                int64_t channel, int64_t first, int place, const S4Nodes& nodes,
+                                                int64_t& held) {
   using Terms = S4Terms<kRank, 1>;
   using Memory = S4BackwardMemory<kRank>;
   constexpr int kNodes = Memory::Sums::kNodes;  // of a warp
@@ -121,12 +123,12 @@ __device__ __forceinline__ void s4_fill_factors(const S4Backward& b, S4BackwardM
   if constexpr (kRank > 0) memory.of_frequencies.at(s, channel, filter, node, held, q);
   s4_output_gradients<kRank>(dout, node.half, node.e(), q, a);
   if (threadIdx.x % 32 >= kNodes) return;
-  memory.node[i] = {node.e2, node.y2};
+  memory.node[place + i] = {node.e2, node.y2};
 #pragma unroll
   for (int t = 0; t < 4 * Memory::kTiles; ++t) {
     const Complex of_term = t < Terms::kCount ? a[t < Terms::kCount ? t : 0] : Complex{};
     const float A = node.e() * of_term.re, Y = node.y * of_term.im;
-    uint4* const to = memory.factor[t / 4][i / 8];
+    uint4* const to = memory.factor[t / 4][(place + i) / 8];
     store_split(to, i % 8, t % 4, A), store_split(to, i % 8, 4 + t % 4, -Y);
     store_split(to + 32, i % 8, t % 4, Y * node.e2), store_split(to + 32, i % 8, 4 + t % 4, A * node.y2);
   }
@@ -226,7 +228,11 @@ __global__ void __launch_bounds__(kS4Threads) s4_spectrum_backward_kernel(const 
 #pragma unroll 1
   for (int64_t first_frequency = begin; first_frequency < end; first_frequency += kS4Step<kRank>) {
     __syncthreads();
-    s4_fill_factors<kRank>(b, memory, filter, channel, first_frequency, nodes, held);
+    const int count = int(min(int64_t(kS4Step<kRank>), end - first_frequency)), steps = (count + 7) / 8;
+#pragma unroll 1
+    for (int i = 0; i < count; i += Memory::kFill) {
+      s4_fill_factors<kRank>(b, memory, filter, channel, first_frequency + i, i, nodes, held);
+    }
     __syncthreads();
     for (int first = 0; first < s.poles; first += Memory::kPoles) {
       SplitSum sums[kRows][kTiles][2];
@@ -235,7 +241,7 @@ __global__ void __launch_bounds__(kS4Threads) s4_spectrum_backward_kernel(const 
 #pragma unroll
       for (int m = 0; m < kRows; ++m) pole[m].load(memory.pole + first_row + 16 * m);
 #pragma unroll 1
-      for (int step = warp / kAcross; step < Memory::kSteps; step += kApart) {
+      for (int step = warp / kAcross; step < steps; step += kApart) {
         const float4 squares = *reinterpret_cast<const float4*>(&memory.node[8 * step + 2 * across]);
         uint4 factor[kTiles][Memory::kFactors];
 #pragma unroll
