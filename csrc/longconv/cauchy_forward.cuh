@@ -44,8 +44,10 @@ namespace {
 
 enum class CauchyWay { imaginary, pairs, plain };
 
-// |D|^-3, the most that gradients take, stays within a float's range; of imaginary nodes' poles v |w|^3 too.
+// |D|^-3, the most that gradients take, stays within a float's range, and with the numerators that sums at imaginary
+// nodes take so does v |w|^3.
 constexpr float kMostSize = 0x1p27f, kLeastSize = 0x1p-20f, kLeastSlope = 0x1p-12f;
+constexpr float kMostNumerator = 0x1p40f, kLeastNumerator = 0x1p-40f;
 
 __device__ __forceinline__ bool is_imaginary(Complex z) { return z.re == 0.0f && fabsf(z.im) <= kMostSize; }
 __device__ __forceinline__ bool is_near(Complex z) { return fabsf(z.re) <= kMostSize && fabsf(z.im) <= kMostSize; }
@@ -54,6 +56,10 @@ __device__ __forceinline__ bool is_off_axis(Complex w, float slope) {
 }
 __device__ __forceinline__ bool is_off_zero(Complex w) {
   return is_near(w) && fmaxf(fabsf(w.re), fabsf(w.im)) >= kLeastSize;
+}
+__device__ __forceinline__ bool is_moderate(Complex v) {
+  const float size = fmaxf(fabsf(v.re), fabsf(v.im));
+  return size == 0.0f || (size >= kLeastNumerator && size <= kMostNumerator);
 }
 
 // The way that this block takes. `near` and `imaginary` say whether this thread's nodes are; with these poles' |Re w|
@@ -249,6 +255,9 @@ __global__ void __launch_bounds__(kCauchyThreads) cauchy_forward_kernel(const __
     z[i] = s.z[l < s.nodes ? l : s.nodes - 1];
     near = near && is_near(z[i]);
     imaginary = imaginary && is_imaginary(z[i]);
+  }
+  for (int64_t i = threadIdx.x; i < s.groups * s.poles; i += kCauchyThreads) {
+    imaginary = imaginary && is_moderate(s.v[(i / s.poles * s.rows + row) * s.poles + i % s.poles]);
   }
   const CauchyWay way =
       s.conjugate ? choose_way(s.w + row * s.poles, s.poles, near, imaginary, kLeastSlope) : CauchyWay::plain;
