@@ -15,9 +15,9 @@
 // reciprocal a pole and node, and 8 more in two parts; the terms take none.
 //
 // Near its resonance a pole magnifies what is wrong with |W|^2, e^2 and y^2 by |W| / Re W, far more than the sums lose:
-// all three are rounded once.
+// none of the three is the square of a number that was rounded.
 //
-// dt and y are both taken kS4Scale times as large, which changes no quotient but keeps |D|^3 of slow poles in range.
+// dt and y are both taken kS4Scale times as large, which changes no quotient but keeps |D|^2 of slow poles in range.
 #pragma once
 #include "core/device/complex.cuh"
 #include "core/device/exp2.cuh"
