@@ -238,7 +238,7 @@ __global__ void __launch_bounds__(kCauchyThreads) cauchy_backward_kernel(const _
   for (int64_t l = tile * Tile::kSize + threadIdx.x; l < min((tile + 1) * Tile::kSize, s.nodes); l += kCauchyThreads) {
     imaginary = imaginary && is_imaginary(s.z[l]);
   }
-  const CauchyWay way = choose_way(s.w + row * s.poles, s.poles, false, imaginary);
+  const CauchyWay way = choose_way(s.w + row * s.poles, s.poles, false, imaginary, 0.0f);
   for (int64_t first_group = 0; first_group < s.groups; first_group += kGroups) {
     if (way == CauchyWay::imaginary) {
       cauchy_gradients<CauchyWay::imaginary>(b, memory, row, tile, first_group);

@@ -4,14 +4,23 @@
 // own unit has time for eight FP32 operations:
 //
 //   imaginary  pairs of conjugate poles, nodes i y: v / (z - w) + conj(v) / (z - conj(w)) = (n0 + i n1 y) / D with
-//              D = |w|^2 - y^2 + i c y, c = -2 Re w, n0 = -2 Re(v conj(w)), n1 = 2 Re v: 10 operations
+//              D = |w|^2 - y^2 + i c y, c = -2 Re w, n0 = -2 Re(v conj(w)), n1 = 2 Re v: 7 operations
 //   pairs      the same sum at other nodes, with D = (z - w) (z - conj(w)): 14
 //   plain      one term after the other, for single poles and for numbers so far out that |D|^2 could leave the range
 //              of a float: 10 a term
 //
-// D's real part is taken from the factors' differences, (Re w)^2 - (y - Im w) (y + Im w), whose terms are no larger
-// than |D| itself, so nothing cancels. 1,024 filters of 16,384 imaginary nodes and 32 pairs: 0.20 ms of an H200's FP32
-// units.
+// At imaginary nodes D's real part is t + low, where high + low is |w|^2 in two floats and t = high - y^2 is rounded
+// once. With y^2 = high - t, |D|^2 and both numerators are what a pole knows plus multiples of t and y^2:
+//
+//   |D|^2                        t^2 + (c^2 - 2 low) y^2 + (2 high + low) low
+//   Re((n0 + i n1 y) conj(D))    (n0 - n1 c) t + n1 c high + (n0 - n1 c) low
+//   Im((n0 + i n1 y) conj(D))    y (n1 t - n0 c + n1 low)
+//
+// whose terms are no larger than what the errors of a pair's own numbers come to while |Re w| is not below
+// 2^-12 |Im w|; low is half an ulp of high. Elsewhere D's real part comes from the factors' differences,
+// (Re z - Re w)^2 - (y - Im w) (y + Im w), whose terms are no larger than |D|, so nothing cancels.
+//
+// 1,024 filters of 16,384 imaginary nodes and 32 pairs: 0.13 ms of an H200's FP32 units, as of its reciprocals.
 #pragma once
 #include "core/device/complex.cuh"
 #include "core/device/exp2.cuh"
@@ -35,21 +44,30 @@ namespace {
 
 enum class CauchyWay { imaginary, pairs, plain };
 
-// |D|^-3, the most that gradients take, stays within a float's range.
-constexpr float kMostSize = 0x1p27f, kLeastSize = 0x1p-20f;
+// |D|^-3, the most that gradients take, stays within a float's range, and with the numerators that sums at imaginary
+// nodes take so does v |w|^3.
+constexpr float kMostSize = 0x1p27f, kLeastSize = 0x1p-20f, kLeastSlope = 0x1p-12f;
+constexpr float kMostNumerator = 0x1p40f, kLeastNumerator = 0x1p-40f;
 
 __device__ __forceinline__ bool is_imaginary(Complex z) { return z.re == 0.0f && fabsf(z.im) <= kMostSize; }
 __device__ __forceinline__ bool is_near(Complex z) { return fabsf(z.re) <= kMostSize && fabsf(z.im) <= kMostSize; }
-__device__ __forceinline__ bool is_off_axis(Complex w) { return is_near(w) && fabsf(w.re) >= kLeastSize; }
+__device__ __forceinline__ bool is_off_axis(Complex w, float slope) {
+  return is_near(w) && fabsf(w.re) >= fmaxf(kLeastSize, slope * fabsf(w.im));
+}
 __device__ __forceinline__ bool is_off_zero(Complex w) {
   return is_near(w) && fmaxf(fabsf(w.re), fabsf(w.im)) >= kLeastSize;
 }
+__device__ __forceinline__ bool is_moderate(Complex v) {
+  const float size = fmaxf(fabsf(v.re), fabsf(v.im));
+  return size == 0.0f || (size >= kLeastNumerator && size <= kMostNumerator);
+}
 
-// The way that this block takes. `near` and `imaginary` say whether this thread's nodes are.
-__device__ __forceinline__ CauchyWay choose_way(const Complex* w, int poles, bool near, bool imaginary) {
+// The way that this block takes. `near` and `imaginary` say whether this thread's nodes are; with these poles' |Re w|
+// must be at least `slope` |Im w|.
+__device__ __forceinline__ CauchyWay choose_way(const Complex* w, int poles, bool near, bool imaginary, float slope) {
   bool off_axis = true, off_zero = true;
   for (int n = threadIdx.x; n < poles; n += kCauchyThreads) {
-    off_axis = off_axis && is_off_axis(w[n]);
+    off_axis = off_axis && is_off_axis(w[n], slope);
     off_zero = off_zero && is_off_zero(w[n]);
   }
   if (__syncthreads_and(imaginary && off_axis)) return CauchyWay::imaginary;
@@ -57,11 +75,21 @@ __device__ __forceinline__ CauchyWay choose_way(const Complex* w, int poles, boo
   return CauchyWay::plain;
 }
 
+struct TwoFloats {
+  float high, low;
+};
+
+__device__ __forceinline__ TwoFloats square_of_size(Complex w) {
+  const double exact = double(w.re) * double(w.re) + double(w.im) * double(w.im);
+  const float high = float(exact);
+  return {high, float(exact - double(high))};
+}
+
 // Some poles in shared memory, in the terms of a way. A plain sum of pairs has each pole twice, once conjugate.
 template <int kGroups>
 struct CauchyPoles {
   static constexpr int kPoles = 32;
-  float2 pole[kPoles];
+  float4 pole[kPoles];
   float4 numerator[kPoles][kGroups];
 
   // How many poles of the problem fit.
@@ -79,14 +107,18 @@ struct CauchyPoles {
       const Complex w = s.w[row * s.poles + n];
       const int64_t group = first_group + g;
       const Complex v = group < s.groups ? s.v[(group * s.rows + row) * s.poles + n] : Complex{};
+      const TwoFloats size = square_of_size(w);
+      const float c = -2.0f * w.re;
       if (g == 0) {
-        if (way == CauchyWay::imaginary) pole[slot] = {w.im, w.re * w.re};
-        if (way == CauchyWay::pairs) pole[slot] = {w.re, w.im};
-        if (way == CauchyWay::plain) pole[slot] = {w.re, mirrored ? -w.im : w.im};
+        if (way == CauchyWay::imaginary) {
+          pole[slot] = {size.high, fmaf(c, c, -2.0f * size.low), fmaf(2.0f, size.high, size.low) * size.low, 0.0f};
+        }
+        if (way == CauchyWay::pairs) pole[slot] = {w.re, w.im, 0.0f, 0.0f};
+        if (way == CauchyWay::plain) pole[slot] = {w.re, mirrored ? -w.im : w.im, 0.0f, 0.0f};
       }
       if (way == CauchyWay::imaginary) {
-        const float n0 = -2.0f * dot(w, v), n1 = 2.0f * v.re, c = -2.0f * w.re;
-        numerator[slot][g] = {n0, n1, n0 * c, n1 * c};
+        const float n0 = -2.0f * dot(w, v), n1 = 2.0f * v.re, by_t = fmaf(-n1, c, n0);
+        numerator[slot][g] = {by_t, fmaf(by_t, size.low, n1 * c * size.high), n1, fmaf(n1, size.low, -n0 * c)};
       }
       if (way == CauchyWay::pairs) numerator[slot][g] = {2.0f * v.re, 2.0f * v.im * w.im, 0.0f, 0.0f};
       if (way == CauchyWay::plain) numerator[slot][g] = {v.re, mirrored ? -v.im : v.im, 0.0f, 0.0f};
@@ -100,27 +132,23 @@ struct CauchyTerms;
 
 template <>
 struct CauchyTerms<CauchyWay::imaginary> {
-  static constexpr int kParts = 4;
-  float y, four_y2;
+  static constexpr int kParts = 2;
+  float y, y2;
 
-  __device__ explicit CauchyTerms(Complex z) : y(z.im), four_y2(4.0f * z.im * z.im) {}
+  __device__ explicit CauchyTerms(Complex z) : y(z.im), y2(z.im * z.im) {}
 
   template <int kGroups>
-  __device__ __forceinline__ void add(float (&sums)[kGroups][4], float2 pole,
+  __device__ __forceinline__ void add(float (&sums)[kGroups][2], float4 pole,
                                       const float4 (&numerator)[kGroups]) const {
-    const float real = fmaf(pole.x - y, pole.x + y, pole.y);
-    const float r = reciprocal_approx(fmaf(pole.y, four_y2, real * real)), e = real * r;
+    const float t = fmaf(-y, y, pole.x);
+    const float r = reciprocal_approx(fmaf(t, t, fmaf(pole.y, y2, pole.z)));
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      sums[g][0] = fmaf(numerator[g].x, e, sums[g][0]);
-      sums[g][1] = fmaf(numerator[g].w, r, sums[g][1]);
-      sums[g][2] = fmaf(numerator[g].y, e, sums[g][2]);
-      sums[g][3] = fmaf(numerator[g].z, r, sums[g][3]);
+      sums[g][0] = fmaf(fmaf(numerator[g].x, t, numerator[g].y), r, sums[g][0]);
+      sums[g][1] = fmaf(fmaf(numerator[g].z, t, numerator[g].w), r, sums[g][1]);
     }
   }
-  __device__ __forceinline__ Complex total(const float (&sums)[4]) const {
-    return {fmaf(0.25f * four_y2, sums[1], sums[0]), y * (sums[2] - sums[3])};
-  }
+  __device__ __forceinline__ Complex total(const float (&sums)[2]) const { return {sums[0], y * sums[1]}; }
 };
 
 template <>
@@ -132,7 +160,7 @@ struct CauchyTerms<CauchyWay::pairs> {
   __device__ explicit CauchyTerms(Complex z) : z(z), four_y2(4.0f * z.im * z.im) {}
 
   template <int kGroups>
-  __device__ __forceinline__ void add(float (&sums)[kGroups][4], float2 pole,
+  __device__ __forceinline__ void add(float (&sums)[kGroups][4], float4 pole,
                                       const float4 (&numerator)[kGroups]) const {
     const float a = z.re - pole.x, a2 = a * a;
     const float real = fmaf(pole.y - z.im, pole.y + z.im, a2);
@@ -159,7 +187,7 @@ struct CauchyTerms<CauchyWay::plain> {
   __device__ explicit CauchyTerms(Complex z) : z(z) {}
 
   template <int kGroups>
-  __device__ __forceinline__ void add(float (&sums)[kGroups][2], float2 pole,
+  __device__ __forceinline__ void add(float (&sums)[kGroups][2], float4 pole,
                                       const float4 (&numerator)[kGroups]) const {
     const Complex d = {z.re - pole.x, z.im - pole.y};
     const float r = reciprocal_approx(dot(d, d));
@@ -192,7 +220,7 @@ __device__ __forceinline__ void cauchy_sums(const CauchySums& s, CauchyPoles<kGr
     const int slots = count * (CauchyPoles<kGroups>::kPoles / capacity);
 #pragma unroll 2
     for (int n = 0; n < slots; ++n) {
-      const float2 pole = poles.pole[n];
+      const float4 pole = poles.pole[n];
       float4 numerator[kGroups];
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) numerator[g] = poles.numerator[n][g];
@@ -217,8 +245,8 @@ template <int kGroups>
 __global__ void __launch_bounds__(kCauchyThreads) cauchy_forward_kernel(const __grid_constant__ CauchySums s) {
   constexpr int kNodes = CauchyTile<kGroups>::kNodes;
   __shared__ CauchyPoles<kGroups> poles;
-  const int64_t row = blockIdx.x / s.tiles;
-  const int64_t first_node = blockIdx.x % s.tiles * CauchyTile<kGroups>::kSize + threadIdx.x;
+  const int64_t row = blockIdx.x / unsigned(s.tiles);
+  const int64_t first_node = blockIdx.x % unsigned(s.tiles) * int64_t(CauchyTile<kGroups>::kSize) + threadIdx.x;
   Complex z[kNodes];
   bool near = true, imaginary = true;
 #pragma unroll
@@ -228,7 +256,11 @@ __global__ void __launch_bounds__(kCauchyThreads) cauchy_forward_kernel(const __
     near = near && is_near(z[i]);
     imaginary = imaginary && is_imaginary(z[i]);
   }
-  const CauchyWay way = s.conjugate ? choose_way(s.w + row * s.poles, s.poles, near, imaginary) : CauchyWay::plain;
+  for (int64_t i = threadIdx.x; i < s.groups * s.poles; i += kCauchyThreads) {
+    imaginary = imaginary && is_moderate(s.v[(i / s.poles * s.rows + row) * s.poles + i % s.poles]);
+  }
+  const CauchyWay way =
+      s.conjugate ? choose_way(s.w + row * s.poles, s.poles, near, imaginary, kLeastSlope) : CauchyWay::plain;
   for (int64_t first_group = 0; first_group < s.groups; first_group += kGroups) {
     Complex total[kNodes][kGroups];
     if (way == CauchyWay::imaginary) {

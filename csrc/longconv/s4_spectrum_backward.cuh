@@ -2,16 +2,21 @@
 //
 // A block takes one filter, one channel and a tile of frequencies. First, threads own frequencies: the sums that the
 // low-rank correction is made of are computed again, and from them a[t], the conjugate gradient of each q[t]. Then
-// threads own poles, and walk over the frequencies: with E = 1 / D, they sum over them the real parts of
+// warps own poles, and walk over the frequencies: they sum over them the real parts of
 //
-//   e a[t] E          the gradient of n0[t]
-//   i y a[t] E        the gradient of n1[t]
-//   -(n0[t] e + i n1[t] y) a[t] E^2  times e^2 and i e y, over all t: the gradients of |W|^2 and c.
+//   e a[t] / D        the gradient of n0[t]
+//   i y a[t] / D      the gradient of n1[t]
+//   -(n0[t] e + i n1[t] y) a[t] / D^2  times e^2 and i e y, over all t: the gradients of |W|^2 and c
 //
-// With four terms (rank 1) the two walks issue 22 and 61 instructions a pole and frequency, loads included: 1.5 ms of
-// an H200's issue slots for 1,024 channels, 16,384 frequencies and 32 pairs, of which the 2 x 16 products of the four
-// terms in the second walk are the largest part. A last kernel sums the tiles' shares in order, and turns gradients of
-// n0, n1, |W|^2 and c into those of the parameters.
+// as products of matrices [poles, frequencies] and [frequencies, terms] on tensor cores. Their left factors are taken
+// from D / c = d = u + i e y, with R = u / |d|^2 and S = 1 / |d|^2:
+//
+//   c / D = R - i e y S,      c^2 e^2 / D^2 = 2 e^2 (R^2 - S / 2) - 2 i e y (e^2 R S),
+//
+// so that both share the right factors of e a[t] and i y a[t]. The last sum, of y^2 for e^2, follows from the others.
+//
+// A last kernel sums the tiles' shares in order, and turns gradients of n0, n1, |W|^2 and c into those of the
+// parameters.
 #pragma once
 #include "longconv/s4_sums.cuh"
 
@@ -26,28 +31,47 @@ struct S4Backward {
   float* ddt;
 };
 
-// Frequencies of a block.
-template <int kRank>
-inline constexpr int kS4Tile = kRank == 2 ? 256 : 512;
-
 // What a pole's share is made of: gradients of n0 and n1 of each term, of |W|^2 and of c.
 template <int kRank>
 inline constexpr int kS4Fields = 2 * S4Terms<kRank, 1>::kCount + 2;
+
+// Frequencies of a block, and how many it has at a time.
+inline constexpr int kS4Tile = 1024;
+template <int kRank>
+inline constexpr int kS4Step = kRank == 2 ? 64 : 256;
 
 namespace {
 
 template <int kRank>
 struct S4BackwardMemory {
-  using Terms = S4Terms<kRank, 1>;
-  static constexpr int kPoles = 32;
-  static constexpr int kEntry = (5 + 2 * Terms::kCount + 3) / 4 * 4;  // floats of a frequency, in 16-byte pieces
-  // y, e, e^2, y^2, 4 y^2, then e Re a[t], y Im a[t] for each t
-  alignas(16) float entry[kS4Tile<kRank>][kEntry];
+  using Sums = S4Sums<kRank, 1, kRank == 2 ? 1 : 2>;
+  static constexpr int kFill = kS4Threads / 32 * Sums::kNodes;  // frequencies that threads own at a time
+  static constexpr int kPoles = Sums::Poles::kPoles, kTiles = Sums::Poles::kTiles;
+  // Factors B of products over eight frequencies: with Y = y Im a[t], A = e Re a[t] columns t and 4 + t are
+  //   A, -Y      times R and e^2 (R^2 - S / 2)      Y e^2, A y^2      times S and e^2 R S
+  static constexpr int kFactors = 2;
+  // Warps side by side share frequencies and have 16 kRows poles each.
+  static constexpr int kRows = kRank == 2 ? 1 : 2, kAcross = kPoles / (16 * kRows);
+  static constexpr int kApart = kS4Threads / 32 / kAcross;
   union {
-    S4Poles<kRank, 1, 1> poles;  // while threads own frequencies
-    float sums[kS4Threads / 32][kS4Fields<kRank>][kPoles];
+    Sums of_frequencies;
+    float sums[kApart][kTiles][2][8][kPoles];
   };
+  float2 node[kS4Step<kRank>];  // e^2, y^2
+  float2 pole[kPoles];          // |W|^2, 1 / c
+  // Lane by lane, and four more to a step, so that nodes of two steps are written to banks of their own.
+  uint4 factor[kTiles][kS4Step<kRank> / 8][kFactors * 32 + 4];
   __device__ S4BackwardMemory() {}
+
+  // Where there are no more poles, the last one once more, for nobody. A pole on the imaginary axis is moved off it, by
+  // less than it is rounded.
+  __device__ __forceinline__ void load_poles(const S4Call& s, int64_t channel, int first) {
+    if (threadIdx.x >= kPoles) return;
+    const int n = min(first + int(threadIdx.x), s.poles - 1);
+    const float size = s4_square_of_size(s, channel, n);
+    const float c = -2.0f * kS4Scale * s.dt[channel] * s.w[channel * s.poles + n].re;
+    pole[threadIdx.x] = {size, 1.0f / copysignf(fmaxf(fabsf(c), 0x1p-24f * sqrtf(size)), c)};
+  }
 };
 
 // The conjugate gradients a[t] of all q[t], from the output's gradient and q[1 ...].
@@ -59,14 +83,14 @@ __device__ __forceinline__ void s4_output_gradients(Complex dout, Complex half, 
   a[0] = g;
   if constexpr (kRank > 0) {
     Complex M[kRank * kRank], left[kRank], right[kRank];  // (1 + e Q)^-1 q(B, P^*), and q(P, C) (1 + e Q)^-1
-    s4_inverse<kRank>(q + Terms::of_inner(0, 0) - 1, e, M);
+    s4_inverse<kRank>(q + Terms::of_inner(0, 0), e, M);
 #pragma unroll
     for (int j = 0; j < kRank; ++j) {
-      left[j] = M[j * kRank] * q[Terms::of_left(0) - 1];
-      right[j] = M[j] * q[Terms::of_right(0, 0) - 1];
+      left[j] = M[j * kRank] * q[Terms::of_left(0)];
+      right[j] = M[j] * q[Terms::of_right(0, 0)];
       if constexpr (kRank == 2) {
-        left[j] = left[j] + M[j * kRank + 1] * q[Terms::of_left(1) - 1];
-        right[j] = right[j] + M[kRank + j] * q[Terms::of_right(0, 1) - 1];
+        left[j] = left[j] + M[j * kRank + 1] * q[Terms::of_left(1)];
+        right[j] = right[j] + M[kRank + j] * q[Terms::of_right(0, 1)];
       }
     }
     const Complex by = -e * g;
@@ -80,128 +104,180 @@ __device__ __forceinline__ void s4_output_gradients(Complex dout, Complex half, 
   }
 }
 
-// The tile's entries. Every thread owns frequencies threadIdx.x, threadIdx.x + kS4Threads, ...
+// The factors of kFill frequencies from `first` on, the place-th and following of the memory.
 template <int kRank>
-__device__ __forceinline__ void s4_fill_entries(const S4Backward& b, S4BackwardMemory<kRank>& memory, int64_t filter,
-                                                int64_t channel, int64_t first) {
+__device__ __forceinline__ void s4_fill_factors(const S4Backward& b, S4BackwardMemory<kRank>& memory, int64_t filter,
+                                                int64_t channel, int64_t first, int place, const S4Nodes& nodes,
+                                                int64_t& held) {
   using Terms = S4Terms<kRank, 1>;
-  constexpr int kNodes = kS4Tile<kRank> / kS4Threads;
+  using Memory = S4BackwardMemory<kRank>;
+  constexpr int kNodes = Memory::Sums::kNodes;  // of a warp
   const S4Call& s = b.call;
   const int64_t frequencies = s.frequencies();
-  Complex half[kNodes];
-  S4Node node[kNodes];
+  const int i = threadIdx.x / 32 * kNodes + threadIdx.x % kNodes;
+  const bool there = first + i < frequencies;
+  const int64_t j = there ? first + i : frequencies - 1;
+  const Complex dout = there ? b.dout[(filter * s.channels + channel) * frequencies + j] : Complex{};
+  const S4Node node = nodes.at(j);
+  Complex q[Terms::kCount] = {}, a[Terms::kCount];
+  if constexpr (kRank > 0) memory.of_frequencies.at(s, channel, filter, node, held, q);
+  s4_output_gradients<kRank>(dout, node.half, node.e(), q, a);
+  if (threadIdx.x % 32 >= kNodes) return;
+  memory.node[place + i] = {node.e2, node.y2};
 #pragma unroll
-  for (int i = 0; i < kNodes; ++i) {
-    half[i] = half_turn(min(first + i * kS4Threads + threadIdx.x, frequencies - 1), s.length);
-    node[i] = S4Node::at(half[i]);
-  }
-  Complex q[kNodes][kRank ? Terms::kCount - 1 : 1];
-  if constexpr (kRank > 0) s4_sums<kRank, 1>(s, memory.poles, channel, filter, node, q);
-#pragma unroll
-  for (int i = 0; i < kNodes; ++i) {
-    const int64_t j = first + i * kS4Threads + threadIdx.x;
-    if (j >= frequencies) break;
-    Complex a[Terms::kCount];
-    s4_output_gradients<kRank>(b.dout[(filter * s.channels + channel) * frequencies + j], half[i], node[i].e, q[i], a);
-    float* const entry = memory.entry[i * kS4Threads + threadIdx.x];
-    entry[0] = node[i].y, entry[1] = node[i].e, entry[2] = node[i].e2, entry[3] = node[i].y2;
-    entry[4] = 4.0f * node[i].y2;
-#pragma unroll
-    for (int t = 0; t < Terms::kCount; ++t) {
-      entry[5 + 2 * t] = node[i].e * a[t].re;
-      entry[6 + 2 * t] = node[i].y * a[t].im;
-    }
+  for (int t = 0; t < 4 * Memory::kTiles; ++t) {
+    const Complex of_term = t < Terms::kCount ? a[t < Terms::kCount ? t : 0] : Complex{};
+    const float A = node.e() * of_term.re, Y = node.y * of_term.im;
+    uint4* const to = memory.factor[t / 4][(place + i) / 8];
+    store_split(to, i % 8, t % 4, A), store_split(to, i % 8, 4 + t % 4, -Y);
+    store_split(to + 32, i % 8, t % 4, Y * node.e2), store_split(to + 32, i % 8, 4 + t % 4, A * node.y2);
   }
 }
 
-// One pole's sums over frequencies.
-template <int kRank>
-struct S4PoleSums {
-  static constexpr int kCount = S4Terms<kRank, 1>::kCount, kFields = kS4Fields<kRank>;
-  float im, re2, c;  // of W
-  float n0[kCount], n1[kCount];
-  float x[kFields] = {};
+// Two poles of a thread, rows g and g + 8 of a product.
+struct S4PolePair {
+  float size[2], by_c[2];  // |W|^2, 1 / c
 
-  __device__ __forceinline__ S4PoleSums(const S4Call& s, int64_t channel, int64_t filter, int n) {
-    const Complex W = kS4Scale * s.dt[channel] * s.w[channel * s.poles + n];
-    im = W.im, re2 = W.re * W.re, c = -2.0f * W.re;
-    Complex v[kCount];
-    s4_numerators<kRank, 1>(s, channel, filter, n, v);
+  __device__ __forceinline__ void load(const float2* pole) {
 #pragma unroll
-    for (int t = 0; t < kCount; ++t) n0[t] = -2.0f * dot(W, v[t]), n1[t] = 2.0f * v[t].re;
+    for (int h = 0; h < 2; ++h) size[h] = pole[8 * h].x, by_c[h] = pole[8 * h].y;
   }
-
-  __device__ __forceinline__ void add(const float* entry) {
-    const float y = entry[0], e = entry[1], e2 = entry[2], y2 = entry[3];
-    const float square = re2 * e2, real = fmaf(fmaf(im, e, -y), fmaf(im, e, y), square);
-    const float r = reciprocal_approx(fmaf(square, entry[4], real * real));
-    const float E = real * r, rc = c * r, rc_e2 = rc * e2, rc_y2 = rc * y2;  // E = 1 / D is E - i e y rc
-    float by0 = 0.0f, by1 = 0.0f, by2 = 0.0f;
-#pragma unroll
-    for (int t = 0; t < kCount; ++t) {
-      const float A = entry[5 + 2 * t], Y = entry[6 + 2 * t];
-      x[2 * t] = fmaf(A, E, fmaf(Y, rc_e2, x[2 * t]));
-      x[2 * t + 1] = fmaf(-Y, E, fmaf(A, rc_y2, x[2 * t + 1]));
-      by0 = fmaf(n0[t], A, fmaf(-n1[t], Y, by0));
-      by1 = fmaf(n0[t], Y, by1);
-      by2 = fmaf(n1[t], A, by2);
-    }
-    const float half_square = fmaf(E, E, -0.5f * r), k = E * rc;  // E^2 is 2 half_square - 2 i e y k
-    const float u = half_square * e2, v = half_square * y2, k_e2 = k * e2, k_e4 = k_e2 * e2, k_ye2 = k_e2 * y2;
-    x[kFields - 2] = fmaf(by0, u, fmaf(by1, k_e4, fmaf(by2, k_ye2, x[kFields - 2])));
-    x[kFields - 1] = fmaf(by0, k_ye2, fmaf(-by1, u, fmaf(-by2, v, x[kFields - 1])));
-  }
-
-  // The last two are by now half of what they are sums of, and of the other sign.
-  __device__ __forceinline__ float field(int i) const { return i < kFields - 2 ? x[i] : -2.0f * x[i]; }
 };
+
+// Adds products over eight frequencies: sums[tile][0] are shares of c times the gradients of n0 and n1, and [1] sums of
+// c^2 (e a e^2, i y a e^2) / D^2, halves of their real parts.
+template <int kTiles, int kFactors>
+__device__ __forceinline__ void s4_add_products(const S4PolePair& pole, float4 squares,
+                                                const uint4 (&factor)[kTiles][kFactors], SplitSum (&sums)[kTiles][2]) {
+  const float e2[2] = {squares.x, squares.z}, y2[2] = {squares.y, squares.w};
+  float R[2][2], S[2][2], R_of_square[2][2], S_of_square[2][2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      const float u = fmaf(pole.size[h], e2[k], -y2[k]) * pole.by_c[h];
+      S[h][k] = reciprocal_approx(fmaf(u, u, e2[k] * y2[k]));
+      R[h][k] = u * S[h][k];
+      const float by_e2 = S[h][k] * e2[k];
+      R_of_square[h][k] = fmaf(u, R[h][k], -0.5f) * by_e2;
+      S_of_square[h][k] = R[h][k] * by_e2;
+    }
+  const SplitRows of_R(R), of_S(S), of_R_of_square(R_of_square), of_S_of_square(S_of_square);
+#pragma unroll
+  for (int t = 0; t < kTiles; ++t) {
+    sums[t][0].add(of_R, factor[t][0]), sums[t][0].add(of_S, factor[t][1]);
+    sums[t][1].add(of_R_of_square, factor[t][0]), sums[t][1].add(of_S_of_square, factor[t][1]);
+  }
+}
+
+// One thread a pole: the fields of its share, from the warps' sums.
+template <int kRank>
+__device__ __forceinline__ void s4_store_share(const S4Call& s, const S4BackwardMemory<kRank>& memory, int64_t channel,
+                                               int64_t filter, int first, float* shares, bool more) {
+  using Memory = S4BackwardMemory<kRank>;
+  using Terms = S4Terms<kRank, 1>;
+  constexpr int kFields = kS4Fields<kRank>;
+  const int i = threadIdx.x, n = first + i;
+  if (i >= Memory::kPoles || n >= s.poles) return;
+  const auto [size, by_c] = memory.pole[i];
+  const auto sum_of = [&, by_c = by_c](int t, int which, int half) {
+    float x = 0.0f;
+#pragma unroll
+    for (int k = 0; k < Memory::kApart; ++k) x += memory.sums[k][t / 4][which][half * 4 + t % 4][i];
+    return which ? by_c * (by_c * x) : by_c * x;
+  };
+  const Complex W = kS4Scale * s.dt[channel] * s.w[channel * s.poles + n];
+  const float c = -2.0f * W.re;
+  Complex v[Terms::kCount];
+  s4_numerators<kRank, 1>(s, channel, filter, n, v);
+  float x[kFields] = {};
+#pragma unroll
+  for (int t = 0; t < Terms::kCount; ++t) {
+    const float n0 = -2.0f * dot(W, v[t]), n1 = 2.0f * v[t].re;
+    const float of_n0 = sum_of(t, 0, 0), by_e2 = sum_of(t, 1, 0), by_ey = sum_of(t, 1, 1);
+    // The sum with y^2 for e^2: y^2 is |W|^2 e^2 + i c e y - D.
+    const float by_y2 = fmaf(size, by_e2, fmaf(c, by_ey, -0.5f * of_n0));
+    x[2 * t] = of_n0, x[2 * t + 1] = sum_of(t, 0, 1);
+    x[kFields - 2] = fmaf(-2.0f * n0, by_e2, fmaf(-2.0f * n1, by_ey, x[kFields - 2]));
+    x[kFields - 1] = fmaf(-2.0f * n0, by_ey, fmaf(2.0f * n1, by_y2, x[kFields - 1]));
+  }
+#pragma unroll
+  for (int f = 0; f < kFields; ++f) {
+    float& share = shares[f * s.poles + n];
+    share = more ? share + x[f] : x[f];
+  }
+}
 
 template <int kRank>
 __global__ void __launch_bounds__(kS4Threads) s4_spectrum_backward_kernel(const __grid_constant__ S4Backward b) {
   using Memory = S4BackwardMemory<kRank>;
-  constexpr int kFields = kS4Fields<kRank>, kPer = kRank == 2 ? 1 : 2;
-  constexpr int kAcross = Memory::kPoles / kPer, kSlots = kS4Threads / kAcross;
-  __shared__ Memory memory;
+  constexpr int kRows = Memory::kRows, kAcross = Memory::kAcross, kApart = Memory::kApart, kTiles = Memory::kTiles;
+  extern __shared__ __align__(16) unsigned char bytes[];
+  Memory& memory = *reinterpret_cast<Memory*>(bytes);
   const S4Call& s = b.call;
-  const int64_t channel = blockIdx.x / b.tiles % s.channels, filter = blockIdx.x / b.tiles / s.channels;
-  const int64_t tile = blockIdx.x % b.tiles, first_frequency = tile * kS4Tile<kRank>;
-  const int count = int(min(int64_t(kS4Tile<kRank>), s.frequencies() - first_frequency));
-  s4_fill_entries<kRank>(b, memory, filter, channel, first_frequency);
-
-  const int across = threadIdx.x % kAcross, slot = threadIdx.x / kAcross, warp = threadIdx.x / 32;
-  float* const shares = b.shares + ((filter * b.tiles + tile) * s.channels + channel) * kFields * s.poles;
-  for (int first = 0; first < s.poles; first += Memory::kPoles) {
-    __syncthreads();
-    // Where there are no more poles, the last one once more, for nobody.
-    S4PoleSums<kRank> pole(s, channel, filter, min(first + across, s.poles - 1));
-    S4PoleSums<kRank> other(s, channel, filter, min(first + across + kAcross % Memory::kPoles, s.poles - 1));
+  const int64_t tile = blockIdx.x % unsigned(b.tiles), row = blockIdx.x / unsigned(b.tiles);
+  const int64_t channel = row % s.channels, filter = row / s.channels;
+  const int64_t begin = tile * kS4Tile, end = min(begin + kS4Tile, s.frequencies());
+  const S4Nodes nodes(s.length);
+  int64_t held = -1;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, row_of_lane = lane / 4, across = lane % 4;
+  const bool at_once = s.poles <= Memory::kPoles;  // a block's sums stay in registers
+  float* const shares = b.shares + ((filter * b.tiles + tile) * s.channels + channel) * kS4Fields<kRank> * s.poles;
+  float total[kRows][kTiles][2][4] = {};
+  memory.load_poles(s, channel, 0);
 #pragma unroll 1
-    for (int i = slot; i < count; i += kSlots) {
-      alignas(16) float entry[Memory::kEntry];
-#pragma unroll
-      for (int k = 0; k < Memory::kEntry; k += 4) {
-        *reinterpret_cast<float4*>(entry + k) = *reinterpret_cast<const float4*>(memory.entry[i] + k);
-      }
-      pole.add(entry);
-      if constexpr (kPer == 2) other.add(entry);
-    }
-#pragma unroll
-    for (int k = 0; k < kPer; ++k) {
-#pragma unroll
-      for (int i = 0; i < kFields; ++i) {
-        float x = k ? other.field(i) : pole.field(i);
-        if constexpr (kAcross < 32) x += __shfl_xor_sync(~0u, x, 16);
-        if (threadIdx.x % 32 < kAcross) memory.sums[warp][i][across + k * kAcross] = x;
-      }
+  for (int64_t first_frequency = begin; first_frequency < end; first_frequency += kS4Step<kRank>) {
+    __syncthreads();
+    const int count = int(min(int64_t(kS4Step<kRank>), end - first_frequency)), steps = (count + 7) / 8;
+#pragma unroll 1
+    for (int i = 0; i < count; i += Memory::kFill) {
+      s4_fill_factors<kRank>(b, memory, filter, channel, first_frequency + i, i, nodes, held);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < kFields * Memory::kPoles; i += kS4Threads) {
-      const int field = i / Memory::kPoles, n = i % Memory::kPoles;
-      if (first + n >= s.poles) continue;
-      float x = 0.0f;
+    for (int first = 0; first < s.poles; first += Memory::kPoles) {
+      SplitSum sums[kRows][kTiles][2];
+      const int first_row = warp % kAcross * 16 * kRows + row_of_lane;
+      S4PolePair pole[kRows];
 #pragma unroll
-      for (int k = 0; k < kS4Threads / 32; ++k) x += memory.sums[k][field][n];
-      shares[field * s.poles + first + n] = x;
+      for (int m = 0; m < kRows; ++m) pole[m].load(memory.pole + first_row + 16 * m);
+#pragma unroll 1
+      for (int step = warp / kAcross; step < steps; step += kApart) {
+        const float4 squares = *reinterpret_cast<const float4*>(&memory.node[8 * step + 2 * across]);
+        uint4 factor[kTiles][Memory::kFactors];
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int f = 0; f < Memory::kFactors; ++f) factor[t][f] = memory.factor[t][step][32 * f + lane];
+#pragma unroll
+        for (int m = 0; m < kRows; ++m) s4_add_products(pole[m], squares, factor, sums[m]);
+      }
+#pragma unroll
+      for (int m = 0; m < kRows; ++m)
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int which = 0; which < 2; ++which)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) total[m][t][which][i] += sums[m][t][which][i];
+      if (at_once && first_frequency + kS4Step<kRank> < end) continue;
+      __syncthreads();
+#pragma unroll
+      for (int m = 0; m < kRows; ++m)
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t)
+#pragma unroll
+          for (int which = 0; which < 2; ++which)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              memory.sums[warp / kAcross][t][which][2 * across + i % 2][first_row + 16 * m + 8 * (i / 2)] =
+                  total[m][t][which][i];
+              total[m][t][which][i] = 0.0f;
+            }
+      __syncthreads();
+      s4_store_share<kRank>(s, memory, channel, filter, first, shares, !at_once && first_frequency != begin);
+      held = -1;
+      memory.load_poles(s, channel, first + Memory::kPoles < s.poles ? first + Memory::kPoles : 0);
+      __syncthreads();
     }
   }
 }

@@ -37,9 +37,8 @@ void s4_spectrum(const S4Spectrum& f, cudaStream_t stream) {
   if (p.filters == 0) return;
   dispatch<0, 1, 2>("rank", p.rank, [&](auto rank) {
     dispatch<1, 2>("filters", p.filters == 1 ? 1 : 2, [&](auto filters) {
-      const S4Forward params = {.call = call_of(p),
-                                .out = static_cast<Complex*>(f.out),
-                                .tiles = tiles_of(p, kS4Threads * kS4Nodes<rank, filters>)};
+      const S4Forward params = {
+          .call = call_of(p), .out = static_cast<Complex*>(f.out), .tiles = tiles_of(p, kS4ForwardTile)};
       launch("s4_spectrum", s4_spectrum_kernel<rank, filters>, p.channels * params.tiles, kS4Threads, 0, stream,
              params);
     });
@@ -49,7 +48,7 @@ void s4_spectrum(const S4Spectrum& f, cudaStream_t stream) {
 size_t s4_spectrum_backward_workspace(const S4Problem& p) {
   Workspace pieces(nullptr);
   dispatch<0, 1, 2>("rank", p.rank, [&](auto rank) {
-    pieces.take<float>(p.filters * tiles_of(p, kS4Tile<rank>) * p.channels * kS4Fields<rank> * p.poles);
+    pieces.take<float>(p.filters * tiles_of(p, kS4Tile) * p.channels * kS4Fields<rank> * p.poles);
   });
   return pieces.used();
 }
@@ -61,14 +60,14 @@ void s4_spectrum_backward(const S4SpectrumBackward& b, cudaStream_t stream) {
     const S4Backward params = {.call = call_of(p),
                                .dout = static_cast<const Complex*>(b.dout),
                                .shares = static_cast<float*>(b.workspace),
-                               .tiles = tiles_of(p, kS4Tile<rank>),
+                               .tiles = tiles_of(p, kS4Tile),
                                .dw = static_cast<Complex*>(b.dw),
                                .dP = static_cast<Complex*>(b.dP),
                                .dB = static_cast<Complex*>(b.dB),
                                .dC = static_cast<Complex*>(b.dC),
                                .ddt = static_cast<float*>(b.ddt)};
     launch("s4_spectrum backward", s4_spectrum_backward_kernel<rank>, p.filters * p.channels * params.tiles, kS4Threads,
-           0, stream, params);
+           sizeof(S4BackwardMemory<rank>), stream, params);
     launch("s4_spectrum backward: parameters", s4_parameter_gradients_kernel<rank>, p.channels, kS4Threads, 0, stream,
            params);
   });

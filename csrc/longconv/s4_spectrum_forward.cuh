@@ -7,58 +7,49 @@ namespace packseq {
 struct S4Forward {
   S4Call call;
   Complex* out;   // [filters, channels, frequencies]
-  int64_t tiles;  // of frequencies
+  int64_t tiles;  // of kS4ForwardTile frequencies
 };
 
-// Nodes of a thread: as many as keep all sums in registers.
-template <int kRank, int kFilters>
-inline constexpr int kS4Nodes = S4Terms<kRank, kFilters>::kCount <= 4   ? 4
-                                : S4Terms<kRank, kFilters>::kCount <= 9 ? 2
-                                                                        : 1;
+inline constexpr int kS4ForwardTile = 8 * kS4Threads;
 
 namespace {
 
 // A block: one channel and a tile of frequencies; kFilters filters at a time.
 template <int kRank, int kFilters>
-__global__ void __launch_bounds__(kS4Threads, 3) s4_spectrum_kernel(const __grid_constant__ S4Forward params) {
+__global__ void __launch_bounds__(kS4Threads) s4_spectrum_kernel(const __grid_constant__ S4Forward params) {
   using Terms = S4Terms<kRank, kFilters>;
-  constexpr int kNodes = kS4Nodes<kRank, kFilters>;
-  __shared__ S4Poles<kRank, kFilters, 0> poles;
+  __shared__ S4Sums<kRank, kFilters, 2> sums;
   const S4Call& s = params.call;
-  const int64_t channel = blockIdx.x / params.tiles, frequencies = s.frequencies();
-  const int64_t first = blockIdx.x % params.tiles * (kNodes * kS4Threads) + threadIdx.x;
-  Complex half[kNodes];
-  S4Node node[kNodes];
-#pragma unroll
-  for (int i = 0; i < kNodes; ++i) {
-    half[i] = half_turn(min(first + i * kS4Threads, frequencies - 1), s.length);
-    node[i] = S4Node::at(half[i]);
-  }
+  const int64_t channel = blockIdx.x / unsigned(params.tiles), frequencies = s.frequencies();
+  const int64_t first = blockIdx.x % unsigned(params.tiles) * int64_t(kS4ForwardTile);
+  const int64_t last = min(first + kS4ForwardTile, frequencies);
+  const S4Nodes nodes(s.length);
+  int64_t held = -1;
   for (int64_t first_filter = 0; first_filter < s.filters; first_filter += kFilters) {
-    Complex q[kNodes][Terms::kCount];
-    s4_sums<kRank, kFilters>(s, poles, channel, first_filter, node, q);
-#pragma unroll
-    for (int i = 0; i < kNodes; ++i) {
-      const int64_t j = first + i * kS4Threads;
-      if (j >= frequencies) break;
+#pragma unroll 1
+    for (int64_t j = first + threadIdx.x; j - threadIdx.x < last; j += kS4Threads) {
+      const S4Node node = nodes.at(min(j, frequencies - 1));
+      Complex q[Terms::kCount];
+      sums.at(s, channel, first_filter, node, held, q);
+      if (j >= frequencies) continue;
       Complex left[kRank + 1];  // e (1 + e Q)^-1 q(B, P^*)
       if constexpr (kRank > 0) {
         Complex M[kRank * kRank];
-        s4_inverse<kRank>(&q[i][Terms::of_inner(0, 0)], node[i].e, M);
+        s4_inverse<kRank>(&q[Terms::of_inner(0, 0)], node.e(), M);
 #pragma unroll
         for (int a = 0; a < kRank; ++a) {
-          Complex sum = M[a * kRank] * q[i][Terms::of_left(0)];
-          if constexpr (kRank == 2) sum = sum + M[a * kRank + 1] * q[i][Terms::of_left(1)];
-          left[a] = node[i].e * sum;
+          Complex sum = M[a * kRank] * q[Terms::of_left(0)];
+          if constexpr (kRank == 2) sum = sum + M[a * kRank + 1] * q[Terms::of_left(1)];
+          left[a] = node.e() * sum;
         }
       }
 #pragma unroll
       for (int f = 0; f < kFilters; ++f) {
         if (first_filter + f >= s.filters) break;
-        Complex sum = q[i][Terms::of_output(f)];
+        Complex sum = q[Terms::of_output(f)];
 #pragma unroll
-        for (int a = 0; a < kRank; ++a) sum = sum - left[a] * q[i][Terms::of_right(f, a)];
-        params.out[((first_filter + f) * s.channels + channel) * frequencies + j] = half[i] * sum;
+        for (int a = 0; a < kRank; ++a) sum = sum - left[a] * q[Terms::of_right(f, a)];
+        params.out[((first_filter + f) * s.channels + channel) * frequencies + j] = node.half * sum;
       }
     }
   }

@@ -7,12 +7,21 @@
 //   out     = exp(i theta / 2) (q(B, C) - e q(P, C) (1 + e q(P, P^*))^-1 q(B, P^*)),
 //
 // which holds at theta = pi too. A pair's terms are together (n0 e + i n1 y) / D as in cauchy_forward.cuh, with w e for
-// the pole: D = (|W| e)^2 - y^2 + i c e y, W = dt w, c = -2 Re W. The denominator takes 7 operations, each sum 4 more.
+// the pole: D = |W|^2 e^2 - y^2 + i c e y, W = dt w, c = -2 Re W. With R = Re D / |D|^2 and S = 1 / |D|^2 a sum is
 //
-// dt and y are both taken kScale times as large, which changes no quotient but keeps |D|^3 of slow poles in range.
+//   e (sum of n0 R + y^2 sum of n1 c S) + i y (sum of n1 R - e^2 sum of n0 c S),
+//
+// products of matrices [nodes, poles] and [poles, terms], which tensor cores add up. R and S take 5 operations and a
+// reciprocal a pole and node, and 8 more in two parts; the terms take none.
+//
+// Near its resonance a pole magnifies what is wrong with |W|^2, e^2 and y^2 by |W| / Re W, far more than the sums lose:
+// none of the three is the square of a number that was rounded.
+//
+// dt and y are both taken kS4Scale times as large, which changes no quotient but keeps |D|^2 of slow poles in range.
 #pragma once
 #include "core/device/complex.cuh"
 #include "core/device/exp2.cuh"
+#include "core/device/split_mma.cuh"
 #include "core/launch.h"
 #include "longconv/filters.h"
 
@@ -45,29 +54,46 @@ struct S4Call {
   }
 };
 
-// exp(i theta / 2) at theta = 2 pi j / length, to the last bit or two: j / length in two floats.
-PACKSEQ_HOST_DEVICE Complex half_turn(int64_t j, int64_t length) {
-  float turns, rest;
-  if (length <= int64_t(1) << 24) {
-    turns = float(j) / float(length);
-    rest = fmaf(-turns, float(length), float(j)) / float(length);
-  } else {
-    const double exact = double(j) / double(length);
-    turns = float(exact), rest = float(exact - turns);
-  }
-  float sine, cosine;
-  sincospif(turns, &sine, &cosine);
-  rest *= 3.14159265f;
-  return {fmaf(-sine, rest, cosine), fmaf(cosine, rest, sine)};
-}
-
 struct S4Node {
-  float y, e, e2, y2;
+  Complex half;  // exp(i theta / 2)
+  float y, e2, y2;
 
-  PACKSEQ_HOST_DEVICE static S4Node at(Complex half) {
-    const float y = 2.0f * kS4Scale * half.im;
-    return {y, half.re, half.re * half.re, y * y};
+  __device__ float e() const { return half.re; }
+};
+
+// The nodes theta = 2 pi j / length, j up to length / 2.
+class S4Nodes {
+ public:
+  __device__ explicit S4Nodes(int64_t length) : length_(length), by_(1.0f / float(length)) {}
+
+  __device__ __forceinline__ S4Node at(int64_t j) const {
+    float turns, rest;  // j / length in two floats
+    if (length_ <= int64_t(1) << 24) {
+      turns = __fmul_rn(float(int(j)), by_);
+      rest = fmaf(-turns, float(length_), float(int(j))) * by_;
+    } else {
+      const double exact = double(j) / double(length_);
+      turns = float(exact), rest = float(exact - turns);
+    }
+    // pi x is the smaller of theta / 2 and pi / 2 - theta / 2; its sine in two floats.
+    const bool late = turns > 0.25f;
+    const float x = late ? 0.5f - turns : turns, x2 = x * x, pi_rest = kPi * (late ? -rest : rest);
+    const float linear = __fmul_rn(kPi, x);
+    const float cubic = x * x2 * fmaf(fmaf(-0.58941877f, x2, 2.5498052f), x2, -5.1677089f);
+    const float more = cubic + (fmaf(kPi, x, -linear) + fmaf(-8.742278e-8f, x, pi_rest));
+    const float sine = linear + more, low = (linear - sine) + more;
+    const float sine2 = fmaf(sine, sine, 2.0f * sine * low), cosine2 = 1.0f - sine2;
+    const float quadratic = fmaf(fmaf(fmaf(0.23136424f, x2, -1.3350506f), x2, 4.0587077f), x2, -4.9348021f);
+    const float cosine = fmaf(quadratic, x2, fmaf(-pi_rest, sine, 1.0f));
+    constexpr float kTwice = 2.0f * kS4Scale;
+    if (late) return {{sine, cosine}, kTwice * cosine, sine2, kTwice * kTwice * cosine2};
+    return {{cosine, sine}, kTwice * sine, cosine2, kTwice * kTwice * sine2};
   }
+
+ private:
+  static constexpr float kPi = 3.14159274f;
+  int64_t length_;
+  float by_;
 };
 
 namespace {
@@ -98,78 +124,123 @@ __device__ __forceinline__ void s4_numerators(const S4Call& s, int64_t channel, 
   }
 }
 
-// Some poles in shared memory, with the numerators from kFirst on.
-template <int kRank, int kFilters, int kFirst>
+// |W|^2, rounded once.
+__device__ __forceinline__ float s4_square_of_size(const S4Call& s, int64_t channel, int n) {
+  const Complex w = s.w[channel * s.poles + n];
+  const double dt = kS4Scale * s.dt[channel], re = dt * w.re, im = dt * w.im;
+  return float(re * re + im * im);
+}
+
+// Poles in shared memory, 32 at a time: |W|^2 and c^2, and the numerators as factors B of products over eight poles.
+// Beyond the last pole numerators are 0.
+template <int kRank, int kFilters>
 struct S4Poles {
   using Terms = S4Terms<kRank, kFilters>;
-  static constexpr int kPoles = 32, kCount = Terms::kCount - kFirst;
-  float2 pole[kPoles];  // Im W, (Re W)^2
-  float4 numerator[kPoles][kCount];
+  static constexpr int kPoles = 32, kSteps = kPoles / 8, kTiles = (Terms::kCount + 3) / 4;  // of four terms
+  float2 pole[kPoles];
+  uint4 by_real[kTiles][kSteps][32];     // n0[t], n1[t] at columns 2 t, 2 t + 1: times Re D / |D|^2
+  uint4 by_inverse[kTiles][kSteps][32];  // n1[t] c, -n0[t] c: times 1 / |D|^2
 
-  __device__ __forceinline__ void load(const S4Call& s, int64_t channel, int64_t first_filter, int first, int count) {
-    for (int i = threadIdx.x; i < count; i += kS4Threads) {
-      const Complex W = kS4Scale * s.dt[channel] * s.w[channel * s.poles + first + i];
-      const float c = -2.0f * W.re;
-      pole[i] = {W.im, W.re * W.re};
-      Complex v[Terms::kCount];
-      s4_numerators<kRank, kFilters>(s, channel, first_filter, first + i, v);
+  __device__ __forceinline__ void load(const S4Call& s, int64_t channel, int64_t first_filter, int first) {
+    const int i = threadIdx.x;
+    if (i >= kPoles) return;
+    const bool there = first + i < s.poles;
+    const Complex W = there ? kS4Scale * s.dt[channel] * s.w[channel * s.poles + first + i] : Complex{1.0f, 0.0f};
+    const float c = -2.0f * W.re;
+    pole[i] = {there ? s4_square_of_size(s, channel, first + i) : 1.0f, c * c};
+    Complex v[Terms::kCount] = {};
+    if (there) s4_numerators<kRank, kFilters>(s, channel, first_filter, first + i, v);
 #pragma unroll
-      for (int t = 0; t < kCount; ++t) {
-        const float n0 = -2.0f * dot(W, v[kFirst + t]), n1 = 2.0f * v[kFirst + t].re;
-        numerator[i][t] = {n0, n1, n0 * c, n1 * c};
-      }
+    for (int t = 0; t < 4 * kTiles; ++t) {
+      const Complex of_term = t < Terms::kCount ? v[t < Terms::kCount ? t : 0] : Complex{};
+      const float n0 = -2.0f * dot(W, of_term), n1 = 2.0f * of_term.re;
+      const int column = t % 4 * 2;
+      store_split(by_real[t / 4][i / 8], i % 8, column, n0);
+      store_split(by_real[t / 4][i / 8], i % 8, column + 1, n1);
+      store_split(by_inverse[t / 4][i / 8], i % 8, column, n1 * c);
+      store_split(by_inverse[t / 4][i / 8], i % 8, column + 1, -n0 * c);
     }
   }
 };
 
-// q[i][t] = the sum of term kFirst + t over a channel's poles at node i. Every thread of the block takes part.
-template <int kRank, int kFilters, int kNodes, class Poles>
-__device__ __forceinline__ void s4_sums(const S4Call& s, Poles& poles, int64_t channel, int64_t first_filter,
-                                        const S4Node (&node)[kNodes], Complex (&q)[kNodes][Poles::kCount]) {
-  constexpr int kCount = Poles::kCount;
+// The sums over poles at a block's nodes. A warp has 16 kRows nodes, and lane l owns node l % (16 kRows).
+template <int kRank, int kFilters, int kRows>
+struct S4Sums {
+  using Poles = S4Poles<kRank, kFilters>;
+  static constexpr int kCount = S4Terms<kRank, kFilters>::kCount, kNodes = 16 * kRows;
+  static constexpr int kPitch = 36;  // of a term's nodes: four lanes of a row write to banks of their own
+  Poles poles;
+  float2 of_warp[kS4Threads / 32][4 * Poles::kTiles][kPitch];
+
+  // q[t] of this thread's node. Every thread of the block takes part.
+  __device__ __forceinline__ void at(const S4Call& s, int64_t channel, int64_t first_filter, const S4Node& node,
+                                     int64_t& held, Complex (&q)[kCount]) {
+    const int lane = threadIdx.x % 32, row = lane / 4, across = lane % 4;
+    float e2[kRows][2], y2[kRows][2], ey2[kRows][2];
 #pragma unroll
-  for (int i = 0; i < kNodes; ++i)
+    for (int m = 0; m < kRows; ++m)
 #pragma unroll
-    for (int t = 0; t < kCount; ++t) q[i][t] = {};
-  for (int first = 0; first < s.poles; first += Poles::kPoles) {
-    const int count = min(Poles::kPoles, s.poles - first);
-    __syncthreads();
-    poles.load(s, channel, first_filter, first, count);
-    __syncthreads();
-    float sums[kNodes][kCount][4] = {};
-#pragma unroll 1
-    for (int n = 0; n < count; ++n) {
-      const float2 pole = poles.pole[n];
-      float e[kNodes], r[kNodes];
-#pragma unroll
-      for (int i = 0; i < kNodes; ++i) {
-        const float square = pole.y * node[i].e2;
-        const float real = fmaf(fmaf(pole.x, node[i].e, -node[i].y), fmaf(pole.x, node[i].e, node[i].y), square);
-        r[i] = reciprocal_approx(fmaf(square, 4.0f * node[i].y2, real * real));
-        e[i] = real * r[i];
+      for (int h = 0; h < 2; ++h) {
+        e2[m][h] = __shfl_sync(~0u, node.e2, 16 * m + 8 * h + row);
+        y2[m][h] = __shfl_sync(~0u, node.y2, 16 * m + 8 * h + row);
+        ey2[m][h] = e2[m][h] * y2[m][h];
       }
+    float2(&mine)[4 * Poles::kTiles][kPitch] = of_warp[threadIdx.x / 32];
 #pragma unroll
-      for (int t = 0; t < kCount; ++t) {
-        const float4 numerator = poles.numerator[n][t];
+    for (int t = 0; t < kCount; ++t) q[t] = {};
+    for (int first = 0; first < s.poles; first += Poles::kPoles) {
+      if (const int64_t wanted = first_filter * s.poles + first; wanted != held) {
+        __syncthreads();
+        poles.load(s, channel, first_filter, first);
+        __syncthreads();
+        held = wanted;
+      }
+      SplitSum by_real[kRows][Poles::kTiles], by_inverse[kRows][Poles::kTiles];
+      const int steps = (min(Poles::kPoles, s.poles - first) + 7) / 8;
+#pragma unroll 1
+      for (int step = 0; step < steps; ++step) {
+        const float4 two = *reinterpret_cast<const float4*>(&poles.pole[8 * step + 2 * across]);
+        const float size[2] = {two.x, two.z}, c2[2] = {two.y, two.w};
 #pragma unroll
-        for (int i = 0; i < kNodes; ++i) {
-          sums[i][t][0] = fmaf(numerator.x, e[i], sums[i][t][0]);
-          sums[i][t][1] = fmaf(numerator.w, r[i], sums[i][t][1]);
-          sums[i][t][2] = fmaf(numerator.y, e[i], sums[i][t][2]);
-          sums[i][t][3] = fmaf(numerator.z, r[i], sums[i][t][3]);
+        for (int m = 0; m < kRows; ++m) {
+          float e[2][2], r[2][2];
+#pragma unroll
+          for (int h = 0; h < 2; ++h)
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              const float real = fmaf(size[k], e2[m][h], -y2[m][h]);
+              r[h][k] = reciprocal_approx(fmaf(real, real, c2[k] * ey2[m][h]));
+              e[h][k] = real * r[h][k];
+            }
+          const SplitRows of_e(e), of_r(r);
+#pragma unroll
+          for (int t = 0; t < Poles::kTiles; ++t) {
+            by_real[m][t].add(of_e, poles.by_real[t][step][lane]);
+            by_inverse[m][t].add(of_r, poles.by_inverse[t][step][lane]);
+          }
         }
       }
-    }
+      __syncwarp();
 #pragma unroll
-    for (int i = 0; i < kNodes; ++i)
+      for (int m = 0; m < kRows; ++m)
+#pragma unroll
+        for (int t = 0; t < Poles::kTiles; ++t)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const SplitSum &e = by_real[m][t], &r = by_inverse[m][t];
+            mine[4 * t + across][16 * m + 8 * h + row] = {fmaf(y2[m][h], r[2 * h], e[2 * h]),
+                                                          fmaf(e2[m][h], r[2 * h + 1], e[2 * h + 1])};
+          }
+      __syncwarp();
 #pragma unroll
       for (int t = 0; t < kCount; ++t) {
-        const float* const x = sums[i][t];
-        q[i][t].re = fmaf(node[i].e, fmaf(node[i].y2, x[1], x[0]), q[i][t].re);
-        q[i][t].im = fmaf(node[i].y, fmaf(-node[i].e2, x[3], x[2]), q[i][t].im);
+        const float2 sum = mine[t][lane % kNodes];
+        q[t].re = fmaf(node.e(), sum.x, q[t].re);
+        q[t].im = fmaf(node.y, sum.y, q[t].im);
       }
+    }
   }
-}
+};
 
 }  // namespace
 

@@ -134,6 +134,17 @@ TEST_F(FiltersCuda, CauchyFarOut) {
   expect_right(c, 2e-6);
 }
 
+// Numerators for which v |w|^3 would leave the range of a float.
+TEST_F(FiltersCuda, CauchyNumeratorsFarOut) {
+  for (const auto& [numerators, scale] : {std::pair(1e26f, 1e4f), std::pair(1e-26f, 1e-4f)}) {
+    Cauchy c(true, 2, 2, 50, 12, true);
+    for (Float2& x : c.z) x *= scale;
+    for (Float2& x : c.w) x *= scale;
+    for (Float2& x : c.v) x *= numerators;
+    expect_near(run(c).out, reference(c).out, 4e-6, c.name() + "out");
+  }
+}
+
 TEST_F(FiltersCuda, CauchyRepeats) {
   const Cauchy c(true, 2, 33, 3000, 40, true);
   const CauchyResult<Float2> a = run(c), b = run(c);

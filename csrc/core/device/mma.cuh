@@ -32,6 +32,16 @@ __device__ __forceinline__ void mma_16x8x16<__nv_bfloat16>(float (&d)[4], const 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// D[16, 8] += A[16, 8] B[8, 8] of numbers of 11 bits (tf32: floats whose last 13 bits are 0); with g and t as above
+//   A: {(g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)}      B: {(t, g), (t + 4, g)}
+// The products are exact; their sum is cut off, not rounded.
+__device__ __forceinline__ void mma_16x8x8_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // sum[16 kRows, 8 kColTiles] += A B over kDepth products of depth 16: load_a(a, k) fills A's fragments of all rows,
 // load_b(b, k, n) B's of columns 16 n .. 16 n + 16. The compiler moves the loads ahead as far as registers allow.
 template <class T, int kDepth, int kRows, int kColTiles, class LoadA, class LoadB>
