@@ -49,6 +49,7 @@ struct ScanGrid {
   int32_t places, slots;
   int32_t split_places;    // the segments of sequences that have several are among the first so many places
   int32_t channel_blocks;  // in all groups
+  bool aligned_rows;       // rows of u, delta, z and dout can be read 16 bytes at a time
   bool aligned_matrices;   // rows of B and C have all states of the mapping and can be read 16 bytes at a time
 
   PACKSEQ_HOST_DEVICE int64_t blocks() const { return int64_t(slots) * channel_blocks; }
