@@ -180,48 +180,51 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
   // Steps of a group's token, in kSoftplusParts parts that can stand among other work; the last one puts them in place.
   using Steps = Few<float2, kC>;
   SoftplusParts<Element<typename M::T>::kExact> softplus[kC];
+  using Values = typename Inputs::Values;
+  Values u_next, delta_next, z_next, u_before, z_before;
+  Steps steps;
   const auto stage = [&](int run, int r, int part) {
     const auto& in = inputs_of(run, r);
     const int token = token_of(r), group = run * kUnrolled + r;
-    const auto u_of = Inputs::at(in.u, token, at), delta_of = Inputs::at(in.delta, token, at),
-               z_of = Inputs::at(in.z, token, at);
-    Steps steps;
+    if (part == 0) {
+      u_next = Inputs::at(in.u, token, at), delta_next = Inputs::at(in.delta, token, at);
+      if constexpr (kGradient) z_next = Inputs::at(in.z, token, at);
+    }
 #pragma unroll
     for (int c = 0; c < kC; ++c) {
-      if (part == 0) softplus[c].start(delta_of[c] + params.delta_bias[c]);
+      if (part == 0) softplus[c].start(delta_next[c] + params.delta_bias[c]);
       softplus[c].run(part);
       if (part < kSoftplusParts - 1) continue;
       const float d = select(valid(group), softplus[c].value(soft), 0.0f);  // beyond the end: decay 1, input 0
-      float pushed = d * u_of[c];
+      float pushed = d * u_next[c];
       if constexpr (kGradient) {  // what the gate leaves of dout
-        pushed = select(has_z, u_of[c] * (z_of[c] * sigmoid(z_of[c])), u_of[c]);
+        pushed = select(has_z, u_next[c] * (z_next[c] * sigmoid(z_next[c])), u_next[c]);
       }
       steps.x[c] = {d, pushed};
       if constexpr (kFor == Walking::state || kGradient) steps_sum[c] += d;
     }
-    if (part == kSoftplusParts - 1 && own_token) {
-      *reinterpret_cast<Steps*>(&shared.steps[at.warp][r & 1][at.token][at.in_warp]) = steps;
-    }
+  };
+  const auto put_steps = [&](int r) {
+    if (own_token) *reinterpret_cast<Steps*>(&shared.steps[at.warp][r & 1][at.token][at.in_warp]) = steps;
   };
   // Outputs of a group's token, in as many parts.
-  float open[kC];
+  float open[kC], result[kC];
   const auto gate = [&](int run, int r, int part) {
     const auto& in = inputs_of(run, r);
-    const int token = token_of(r), group = run * kUnrolled + r;
-    const auto u_of = Inputs::at(in.u, token, at), z_of = Inputs::at(in.z, token, at);
-    float y[kC];
-    if (part == kSoftplusParts - 1) shared.sums[at.warp][r & 1].get(y, at.token);
+    const int token = token_of(r);
+    if (part == 0) u_before = Inputs::at(in.u, token, at), z_before = Inputs::at(in.z, token, at);
+    if (part == 2) shared.sums[at.warp][r & 1].get(result, at.token);
 #pragma unroll
     for (int c = 0; c < kC; ++c) {
-      if (part == 0) open[c] = exp2_approx(-z_of[c] * kScanLog2e);
+      if (part == 0) open[c] = exp2_approx(-z_before[c] * kScanLog2e);
       if (part == 1) open[c] = reciprocal_approx(1.0f + open[c]);
-      if (part == 2) open[c] = select(has_z, z_of[c] * open[c], 1.0f);
-      if (part == 3) y[c] = fmaf(params.D[c], u_of[c], y[c]) * open[c];
+      if (part == 2) open[c] = select(has_z, z_before[c] * open[c], 1.0f);
+      if (part == 3) result[c] = fmaf(params.D[c], u_before[c], result[c]) * open[c];
     }
-    if (part == kSoftplusParts - 1) {
-      to.store(out, y, unsigned(group) * kGroup < unsigned(own_rows));  // none before the first group
-      to.next();
-    }
+  };
+  const auto store = [&](int group) {
+    to.store(out, result, unsigned(group) * kGroup < unsigned(own_rows));  // none before the first group
+    to.next();
   };
 
   __syncthreads();  // whoever used the shared memory before is done
@@ -234,6 +237,7 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
   __syncwarp();
 #pragma unroll
   for (int part = 0; part < kSoftplusParts; ++part) stage(0, 0, part);
+  put_steps(0);
   __syncthreads();
 
   for (int tile = 0; tile * kTileGroups < groups; ++tile) {
@@ -277,7 +281,11 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
             if constexpr (kOutputs) gate(run, r - 1, t);
           }
         }
-        if constexpr (kOutputs) shared.sums[at.warp][r % 2].put(y);
+        put_steps(r + 1);
+        if constexpr (kOutputs) {
+          shared.sums[at.warp][r % 2].put(y);
+          store(group - 1);
+        }
       }
     }
     if (more) matrices.put(shared.matrix_stage, shared.matrices[(tile + 1) % 2]);
@@ -288,6 +296,7 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
     const int last_run = (groups + kUnrolled - 1) / kUnrolled - 1;
 #pragma unroll
     for (int part = 0; part < kSoftplusParts; ++part) gate(last_run, kUnrolled - 1, part);
+    store(last_run * kUnrolled + kUnrolled - 1);
   }
   copy_async_wait<0>();  // nothing is under way into memory that is used for something else next
 }
