@@ -123,6 +123,7 @@ __device__ __forceinline__ void walk_gradients(const ScanProblem& p, const Rows&
   const int chunks = (walk.count + kChunk - 1) / kChunk, last_group = chunks * kGroups - 1;
   const bool has_z = p.z.data, soft = p.delta_softplus, own_token = M::States::index() < kGroup;
   const ConstantMatrices<M> constants(p, at);
+  constexpr bool kBeside = M::kL <= 8;  // beside more states there is no room for sums of shares
   constexpr int kRunChunks = M::kFetchBack / kChunk;
   using Inputs = InputRows<M, M::kFetchBack>;
   const bool wide = grid.aligned_rows;
@@ -212,6 +213,11 @@ __device__ __forceinline__ void walk_gradients(const ScanProblem& p, const Rows&
   MatrixTiles<M, kChunk> matrices(p, at.group, walk, grid.aligned_matrices, (chunks - 1) * kChunk, -1);
   matrices.fetch(shared.matrix_stage);
   MatrixShares<M> shares(to.matrices, p, at.group, walk, chunks * kChunk);
+  const auto add_shares = [&](int chunk) {
+#pragma unroll
+    for (int part = 0; part < kChunk; ++part) shares.add(shared.terms, part);
+    if (to.matrices) shares.store(chunk * kChunk, walk.count);
+  };
   X start[kC][kS];
   fetch((chunks - 1) / kRunChunks);
   if ((chunks - 1) % kRunChunks == 0) fetch((chunks - 1) / kRunChunks - 1);
@@ -242,6 +248,8 @@ __device__ __forceinline__ void walk_gradients(const ScanProblem& p, const Rows&
     if ((chunk - 1) % kRunChunks == 0) fetch((chunk - 1) / kRunChunks - 1);
     copy_async_commit();
 
+    if (!kBeside) add_shares(chunk + 1);
+
     // Forward over the chunk; beside that, what is left of the one behind it.
     X a[kChunk][kC][kS], h[kChunk][kC][kS];
 #pragma unroll
@@ -263,13 +271,13 @@ __device__ __forceinline__ void walk_gradients(const ScanProblem& p, const Rows&
             h[t][c][j] = multiply_add(a[t][c][j], before, scaled(step.x[c].y, B[j]));
             y[c][in_group] = add_product(C[j], h[t][c][j], y[c][in_group]);
           }
-        shares.add(shared.terms, t);
+        if (kBeside) shares.add(shared.terms, t);
         if (q == 0 && in_group < kGroups) finish(chunk + 1, kGroups - 1 - in_group);
       }
       if (q == 0) __syncwarp();  // the sums have been read
       shared.sums[at.warp][q].y.put(y);
     }
-    if (to.matrices) shares.store((chunk + 1) * kChunk, walk.count);
+    if (kBeside && to.matrices) shares.store((chunk + 1) * kChunk, walk.count);
     __syncthreads();  // the terms have been read
 
     // And back; beside that, the steps of the chunk before.
@@ -324,9 +332,7 @@ __device__ __forceinline__ void walk_gradients(const ScanProblem& p, const Rows&
   }
 #pragma unroll
   for (int q = kGroups - 1; q >= 0; --q) finish(0, q);
-#pragma unroll
-  for (int part = 0; part < kChunk; ++part) shares.add(shared.terms, part);
-  if (to.matrices) shares.store(0, walk.count);
+  add_shares(0);
   copy_async_wait<0>();
 }
 

@@ -49,7 +49,7 @@ struct ScanMapping : M_ {
   static constexpr int kGroup = M_::kL == 8 ? 8 : 4;
   static constexpr int kTile = M_::kN <= 16 ? 32 : 8;  // tokens whose B and C the forward holds in shared memory
   // Tokens whose inputs are fetched at once: going forth, and back, where there is less room.
-  static constexpr int kFetch = kTile / kGroup < 4 ? kTile : 4 * kGroup;
+  static constexpr int kFetch = kTile / kGroup < 4 ? kTile : (kAny ? 2 : 4) * kGroup;
   static constexpr int kFetchBack = M_::kChunk * (std::is_same_v<typename M_::T, float> || kAny ? 1 : 2);
   static_assert(M_::kChunk % kGroup == 0 && kTile % kGroup == 0 && M_::kChannels == kScanWarps * kWarpChannels);
 };

@@ -248,7 +248,7 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
     for (int part = 0; part < kTileGroups && tile * kTileGroups + part < groups; part += kUnrolled) {
       const int run = (tile * kTileGroups + part) / kUnrolled;
       fetch(run + 2);
-#pragma unroll
+#pragma unroll(std::is_same_v <X, Complex> ? 1 : kUnrolled)  // decays of more groups at once would spill
       for (int r = 0; r < kUnrolled; ++r) {
         const int group = tile * kTileGroups + part + r;
         if (r == kUnrolled - 1) copy_async_wait<1>();  // the next run's
