@@ -51,14 +51,15 @@ struct ScanMapping : M_ {
   // Tokens whose inputs are fetched at once: going forth, and back, where there is less room.
   static constexpr int kFetch = kTile / kGroup < 4 ? kTile : (kAny ? 2 : 4) * kGroup;
   static constexpr int kFetchBack = M_::kChunk * (std::is_same_v<typename M_::T, float> || kAny ? 1 : 2);
-  static_assert(M_::kChunk % kGroup == 0 && kTile % kGroup == 0 && M_::kChannels == kScanWarps * kWarpChannels);
+  static_assert(M_::kChunk % kGroup == 0 && kTile % kGroup == 0 && M_::kChannels == M_::kWarps * kWarpChannels);
 };
 
 // One segment of a sequence, walked in either direction.
 struct Walk {
   int64_t sequence, begin, first;  // begin: the sequence's lowest row; first: the row that is walked first
   int32_t segment, count, direction;
-  bool split, last;  // whether the sequence has several segments; whether this is the last of it
+  bool split, relayed;      // whether the sequence has several segments; whether it is long enough for a relay
+  bool last, last_but_one;  // whether this is its last segment, or the one before
 
   __device__ Walk(const ScanProblem& p, Tile tile) : sequence(tile.sequence), segment(tile.block) {
     const Span span = span_of(p.cu_seqlens, p.sequences, p.total, sequence);
@@ -69,6 +70,8 @@ struct Walk {
     first = p.reverse ? span.end - 1 - before : span.begin + before;
     split = span.size() > kSegmentRows;
     last = rest <= kSegmentRows;
+    last_but_one = !last && rest <= 2 * kSegmentRows;
+    relayed = span.size() > kRelayRows;
   }
   __device__ int64_t row(int32_t t) const { return first + int64_t(t) * direction; }
   __device__ int64_t slot() const { return segment_slot(begin, segment, last); }
@@ -99,7 +102,7 @@ struct Position {
     const int of_group = p.channels / p.groups, blocks = (of_group + M::kChannels - 1) / M::kChannels;
     group = block / blocks;
     block_of_group = block % blocks;
-    warp = threadIdx.x / 32;
+    warp = M::kWarps == 1 ? 0 : threadIdx.x / 32;
     in_warp = M::Channels::index() * M::kC;
     const int within = block_of_group * M::kChannels + warp * M::kWarpChannels + in_warp;
     channel = group * of_group + within;
@@ -245,17 +248,17 @@ class LaneSums {
     return state_lane * M::Channels::kCount + channel;
   }
 
-  Run runs_[kItems / kRun][32];
+  Run runs_[kItems / kRun][32 + (M::kL == 8 ? 4 : 0)];  // the padding is for lanes of neighbouring tokens
 };
 
-// A lane's place in contiguous tensors [total, channels] of which it writes a token of every group.
-template <class M>
+// A lane's place in contiguous tensors [total, channels] of which it writes a token of every `forth`-th group.
+template <class M, class Step = int64_t>
 class OutputPlace {
   using Item = Element<typename M::T>;
 
  public:
   __device__ OutputPlace(const ScanProblem& p, const Position<M>& at, const Walk& walk, int group, int forth)
-      : step_(int64_t(forth) * walk.direction * M::kGroup * p.channels * Item::bytes(p.dtype)),
+      : step_(Step(forth) * walk.direction * M::kGroup * p.channels * Item::bytes(p.dtype)),
         at_((walk.row(group * M::kGroup + at.token) * p.channels + at.channel) * Item::bytes(p.dtype)),
         dtype_(p.dtype) {}
 
@@ -274,7 +277,7 @@ class OutputPlace {
   __device__ void next() { at_ += step_; }
 
  private:
-  const int64_t step_;
+  const Step step_;
   int64_t at_;
   const Dtype dtype_;
 };

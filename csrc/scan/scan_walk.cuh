@@ -146,8 +146,9 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
                                             const Checkpoints<M>* checkpoints, float (&steps_sum)[M::kC]) {
   using X = typename M::X;
   constexpr int kC = M::kC, kS = M::kS, kGroup = M::kGroup, kTileGroups = M::kTile / kGroup;
-  constexpr int kUnrolled = M::kFetch / kGroup;       // groups
-  static_assert(M::kAny || kTileGroups > kUnrolled);  // a run later the next tile's B and C are there
+  constexpr int kUnrolled = M::kFetch / kGroup;                   // groups
+  constexpr int kAtOnce = M::kAny && kGroup > 4 ? 1 : kUnrolled;  // decays of more groups would spill
+  static_assert(M::kAny || kTileGroups > kUnrolled);              // a run later the next tile's B and C are there
   static_assert(kTileGroups % kUnrolled == 0 && kUnrolled % 2 == 0 && M::kFetch % M::kChunk == 0);
   const int groups = (walk.count + kGroup - 1) / kGroup;
   constexpr bool kOutputs = kFor == Walking::outputs, kGradient = kFor == Walking::gradient,
@@ -248,7 +249,7 @@ __device__ __forceinline__ void walk_states(const ScanProblem& p, const ScanGrid
     for (int part = 0; part < kTileGroups && tile * kTileGroups + part < groups; part += kUnrolled) {
       const int run = (tile * kTileGroups + part) / kUnrolled;
       fetch(run + 2);
-#pragma unroll(std::is_same_v <X, Complex> ? 1 : kUnrolled)  // decays of more groups at once would spill
+#pragma unroll(kAtOnce)
       for (int r = 0; r < kUnrolled; ++r) {
         const int group = tile * kTileGroups + part + r;
         if (r == kUnrolled - 1) copy_async_wait<1>();  // the next run's
