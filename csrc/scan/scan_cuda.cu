@@ -44,6 +44,14 @@ bool in_pairs(const ScanProblem& p, std::initializer_list<Rows> all) {
          });
 }
 
+// Whether rows of all of them can be read 16 bytes at a time.
+bool rows_aligned(const ScanProblem& p, std::initializer_list<Rows> all) {
+  const int64_t item = int64_t(size_of(p.dtype));
+  return p.channels / p.groups * item % 16 == 0 && std::all_of(all.begin(), all.end(), [&](const Rows& x) {
+           return is_aligned(x.data, 16) && x.token * item % 16 == 0;
+         });
+}
+
 bool matrices_aligned(const ScanProblem& p, int kN) {
   const int64_t item = int64_t(size_of(p.dtype));
   const auto fits = [&](const StateMatrix& m) {
@@ -55,15 +63,29 @@ bool matrices_aligned(const ScanProblem& p, int kN) {
 // Places of the list of segments.
 int64_t places_of(const ScanProblem& p) { return tile_capacity(p.total, p.sequences, kSegmentRows); }
 
+// Whether a relay's 32 bits hold the bytes from one of a warp's groups of tokens to the next,.
+bool relay_fits(const ScanProblem& p) {
+  constexpr int64_t kMost = int64_t(1) << 22;
+  const std::initializer_list<int64_t> strides = {p.channels, p.u.token,        p.delta.token,
+                                                  p.z.token,  p.B.tokens.token, p.C.tokens.token};
+  return std::all_of(strides.begin(), strides.end(), [](int64_t x) { return -kMost < x && x < kMost; });
+}
+
 template <class Mapping>
-ScanGrid grid_of(const ScanProblem& p, Tile* tiles, int64_t slots_most) {
+ScanGrid grid_of(const ScanProblem& p, const Rows& dout, Tile* tiles, int64_t slots_most) {
   const int64_t places = places_of(p);
-  return {.tiles = tiles,
-          .places = int32_t(places),
-          .slots = int32_t(std::min(places, slots_most)),
-          .split_places = p.total > kSegmentRows ? int32_t(std::min(places, 2 * (p.total / kSegmentRows))) : 0,
-          .channel_blocks = channel_blocks<Mapping>(p),
-          .aligned_matrices = matrices_aligned(p, Mapping::kN)};
+  ScanGrid grid = {.tiles = tiles,
+                   .places = int32_t(places),
+                   .slots = int32_t(std::min(places, slots_most)),
+                   .split_places = p.total > kSegmentRows ? int32_t(std::min(places, 2 * (p.total / kSegmentRows))) : 0,
+                   .relay_places = 0,
+                   .channel_blocks = channel_blocks<Mapping>(p),
+                   .aligned_rows = rows_aligned(p, {p.u, p.delta, p.z, dout}),
+                   .aligned_matrices = matrices_aligned(p, Mapping::kN)};
+  if (kHasRelay<Mapping> && p.total > kRelayRows && grid.aligned_rows && grid.aligned_matrices && relay_fits(p)) {
+    grid.relay_places = int32_t(std::min(places, p.total / kSegmentRows + p.total / kRelayRows));
+  }
+  return grid;
 }
 
 Tile* take_list(Workspace& pieces, const ScanProblem& p) {
@@ -71,13 +93,16 @@ Tile* take_list(Workspace& pieces, const ScanProblem& p) {
   return pieces.take<Tile>(places_of(p));
 }
 
+int64_t relay_blocks(const ScanProblem& p) { return channel_blocks<RelayMapping<float>>(p); }
+
 SegmentTies take_ties(Workspace& pieces, const ScanProblem& p, bool backward) {
   if (p.total <= kSegmentRows) return {};
   const int64_t channels = segment_slots(p.total) * p.channels, states = channels * p.states * (p.complex ? 2 : 1);
   return {.states = pieces.take<float>(states),
           .gradients = backward ? pieces.take<float>(states) : nullptr,
           .decay_steps = pieces.take<float>(channels),
-          .decay_steps_back = backward ? pieces.take<float>(channels) : nullptr};
+          .decay_steps_back = backward ? pieces.take<float>(channels) : nullptr,
+          .passed = backward ? nullptr : pieces.take<int>(segment_slots(p.total) * relay_blocks(p))};
 }
 
 void list_segments(const ScanProblem& p, Tile* tiles, cudaStream_t stream) {
@@ -140,7 +165,7 @@ void scan_forward(const ScanForward& call, cudaStream_t stream) {
   list_segments(p, tiles, stream);
   const bool pairs = in_pairs(p, {p.u, p.delta, p.z, {call.out, p.channels}});
   with_mapping(p, pairs, [&]<class Mapping>(std::type_identity<Mapping>) {
-    launch_scan_forward<Mapping>(call, grid_of<Mapping>(p, tiles, kEveryPlace), ties, stream);
+    launch_scan_forward<Mapping>(call, grid_of<Mapping>(p, {}, tiles, kEveryPlace), ties, stream);
   });
 }
 
@@ -152,7 +177,7 @@ size_t scan_backward_workspace(const ScanProblem& p) {
       Workspace pieces(nullptr);
       Tile* const tiles = take_list(pieces, p);
       take_ties(pieces, p, true);
-      take_scratch<Mapping>(pieces, p, grid_of<Mapping>(p, tiles, kSlotsMost));
+      take_scratch<Mapping>(pieces, p, grid_of<Mapping>(p, {}, tiles, kSlotsMost));
       most = std::max(most, pieces.used());
     });
   }
@@ -170,7 +195,7 @@ void scan_backward(const ScanBackward& call, cudaStream_t stream) {
   const bool pairs =
       in_pairs(p, {p.u, p.delta, p.z, call.dout, contiguous(call.du), contiguous(call.ddelta), contiguous(call.dz)});
   with_mapping(p, pairs, [&]<class Mapping>(std::type_identity<Mapping>) {
-    const ScanGrid grid = grid_of<Mapping>(p, tiles, kSlotsMost);
+    const ScanGrid grid = grid_of<Mapping>(p, call.dout, tiles, kSlotsMost);
     const BackwardScratch scratch = take_scratch<Mapping>(pieces, p, grid);
     launch_scan_backward<Mapping>(call, grid, ties, scratch, stream);
     sum_scan_shares(call, grid, scratch, stream);

@@ -5,6 +5,7 @@
 #include "core/launch.h"
 #include "core/shared_memory.h"
 #include "scan/scan_fill.cuh"
+#include "scan/scan_relay.cuh"
 #include "scan/scan_ties.cuh"
 
 namespace packseq {
@@ -20,6 +21,7 @@ __device__ __forceinline__ void scan_segment(const ForwardParams& params, Tile t
   const ScanProblem& p = params.call.problem;
   const Position<M> at(p, block);
   const Walk walk(p, tile);
+  if (kHasRelay<M> && walk.relayed && params.grid.relay_places > 0) return;
   const ChannelParameters<M> channel(p, at);
   typename M::X h[M::kC][M::kS];
   load_initial_states<M>(h, p, params.ties, walk, at);
@@ -55,7 +57,10 @@ __global__ void __launch_bounds__(kScanThreads, std::is_same_v<typename Mapping:
 template <class Mapping>
 void launch_scan_forward(const ScanForward& call, const ScanGrid& grid, const SegmentTies& ties, cudaStream_t stream) {
   const ScanProblem& p = call.problem;
-  tie_states<Mapping>(p, grid, ties, stream);
+  if constexpr (kHasRelay<Mapping>) {
+    if (grid.relay_places > 0) launch_scan_relay<RelayMapping<typename Mapping::T>>(call, grid, ties, stream);
+  }
+  if (grid.relay_places == 0) tie_states<Mapping>(p, grid, ties, stream);
   const int64_t segments = std::max(p.sequences, p.total / kSegmentRows);  // about
   launch("scan forward", scan_forward_kernel<Mapping>, grid.blocks() + kFillBlocks, kScanThreads,
          shared_for_even_load("scan forward", sizeof(WalkShared<ScanMapping<Mapping>>), segments * grid.channel_blocks),

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/device/complex.cuh"
 #include "core/schedule.h"
@@ -23,24 +24,39 @@ struct MappingOf {
   using T = T_;  // of the tensors
   using X = X_;  // of the states
   static constexpr int kC = kC_, kS = kS_, kL = kL_, kChunk = kChunk_;
-  static constexpr int kN = kS * kL;                               // states there is room for
-  static constexpr int kChannels = kScanWarps * (32 / kL_) * kC_;  // of a block
+  static constexpr int kN = kS * kL;                           // states there is room for
+  static constexpr int kWarps = kScanWarps;                    // of a block, side by side over channels
+  static constexpr int kChannels = kWarps * (32 / kL_) * kC_;  // of a block
 };
 
 // Up to 16 real states, B and C of every token, rows that can be read two channels at a time.
 template <class T>
 using PairMapping = MappingOf<T, float, 2, 4, 4, 8>;
+// For the forward over long sequences of those: so few states a thread that a group of tokens' fit in registers, and
+// the same channels for all of a block's warps.
+template <class T>
+struct RelayMapping : MappingOf<T, float, 2, 2, 8, 8> {
+  static constexpr int kWarps = 1, kChannels = 8;
+};
 // Everything else: more states, complex ones, constant B or C, rows of odd width.
 using SmallMapping = MappingOf<AnyType, float, 1, 4, 4, 8>;
 using LargeMapping = MappingOf<AnyType, float, 1, 8, 32, 4>;
 using SmallComplexMapping = MappingOf<AnyType, Complex, 1, 2, 8, 8>;
 using LargeComplexMapping = MappingOf<AnyType, Complex, 1, 8, 32, 4>;
 
+// Whether RelayMapping does the forward over long sequences, where rows and matrices are aligned.
+template <class Mapping>
+inline constexpr bool kHasRelay = !std::is_same_v<typename Mapping::T, AnyType>;
+
 // Sequences are cut into segments of so many tokens, by their own length alone, that few long ones fill a GPU too.
 // Where a sequence has several, each segment is first walked for what it makes of its initial state (and, backward, of
 // the gradient of its final state): decay and what is added, which combine_segments_kernel carries from one to the
-// next. Then segments are walked on their own.
+// next. Then segments are walked on their own. Where the forward relays a sequence, segments wait for each other
+// instead.
 inline constexpr int32_t kSegmentRows = 4096;
+
+// The forward relays sequences of more tokens, where it can.
+inline constexpr int32_t kRelayRows = kSegmentRows;
 
 // The list of segments, of the longest sequences first, and how many blocks share it: places s, s + slots, ... are slot
 // s's.
@@ -48,7 +64,9 @@ struct ScanGrid {
   const Tile* tiles;
   int32_t places, slots;
   int32_t split_places;    // the segments of sequences that have several are among the first so many places
+  int32_t relay_places;    // and those of sequences that are relayed, if any are
   int32_t channel_blocks;  // in all groups
+  bool aligned_rows;       // rows of u, delta, z and dout can be read 16 bytes at a time
   bool aligned_matrices;   // rows of B and C have all states of the mapping and can be read 16 bytes at a time
 
   PACKSEQ_HOST_DEVICE int64_t blocks() const { return int64_t(slots) * channel_blocks; }
@@ -65,6 +83,7 @@ struct ScanGrid {
 struct SegmentTies {
   void *states, *gradients;               // what a segment adds, and then what it starts from
   float *decay_steps, *decay_steps_back;  // the sum of its d
+  int* passed;  // [segment_slots(total), blocks of channels]: whether a relay's `states` are there
 };
 
 PACKSEQ_HOST_DEVICE int64_t segment_slots(int64_t total) { return 2 * (total / kSegmentRows + 1); }

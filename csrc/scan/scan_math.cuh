@@ -90,31 +90,48 @@ __device__ __forceinline__ float exp_minus(float x) {
   return kExact ? exp_exact(-fabsf(x)) : exp2_approx(-fabsf(x) * kScanLog2e);
 }
 
-struct Softplus {
-  float value, slope;
+// log(1 + exp(x)), or x itself where it is not `soft`. log(1 + e) / e on [0, 1] is a minimax polynomial, relative error
+// 3e-8. A chain of a dozen instructions, in parts that can stand among other work.
+inline constexpr int kSoftplusParts = 4;
+
+template <bool kExact>
+class SoftplusParts {
+ public:
+  __device__ __forceinline__ void start(float x) { x_ = x; }
+  // Parts 0 ... kSoftplusParts - 1, in this order; `part` is known to the compiler.
+  __device__ __forceinline__ void run(int part) {
+    constexpr float kCoefficients[] = {0.999999969879f,  -0.499994931393f,  0.33319096784f,
+                                       -0.248429820265f, 0.191060060288f,   -0.136632442389f,
+                                       0.0782259330353f, -0.0295052275181f, 0.00523269145476f};
+    if (part == 0) {
+      e_ = exp_minus<kExact>(x_);
+      q_ = kCoefficients[8];
+      return;
+    }
+#pragma unroll
+    for (int i = 7; i >= 0; --i) {
+      const int part_of = i > 4 ? 1 : i > 1 ? 2 : 3;
+      if (part_of == part) q_ = fmaf(q_, e_, kCoefficients[i]);
+    }
+  }
+  // Beyond 20 the sum is x.
+  __device__ __forceinline__ float value(bool soft) const { return select(soft, fmaf(q_, e_, fmaxf(x_, 0.0f)), x_); }
+  __device__ __forceinline__ float slope(bool soft) const {
+    const float r = reciprocal_approx(1.0f + e_);
+    return select(soft, select(x_ < 0.0f, e_ * r, r), 1.0f);
+  }
+
+ private:
+  float x_, e_, q_;
 };
 
-// Above it, or where it is NaN, softplus(x) is x itself.
-__device__ __forceinline__ float softplus_threshold(bool delta_softplus) {
-  return delta_softplus ? 20.0f : __int_as_float(0x7fffffff);
-}
-
-// log(1 + exp(x)), above the threshold x itself. log(1 + e) / e on [0, 1] is a minimax polynomial, relative error 3e-8.
-template <bool kExact, bool kSlope>
-__device__ __forceinline__ Softplus softplus(float x, float threshold) {
-  constexpr float c[] = {0.999999969879f,  -0.499994931393f, 0.33319096784f,    -0.248429820265f, 0.191060060288f,
-                         -0.136632442389f, 0.0782259335406f, -0.0295052275181f, 0.00523269145476f};
-  const float e = exp_minus<kExact>(x);
-  float q = c[8];
+template <bool kExact>
+__device__ __forceinline__ float softplus(float x, bool soft) {
+  SoftplusParts<kExact> y;
+  y.start(x);
 #pragma unroll
-  for (int i = 7; i >= 0; --i) q = fmaf(q, e, c[i]);
-  Softplus y;
-  y.value = select(x <= threshold, fmaf(q, e, fmaxf(x, 0.0f)), x);
-  if constexpr (kSlope) {
-    const float r = reciprocal_approx(1.0f + e);
-    y.slope = select(x <= threshold, select(x < 0.0f, e * r, r), 1.0f);
-  }
-  return y;
+  for (int part = 0; part < kSoftplusParts; ++part) y.run(part);
+  return y.value(soft);
 }
 
 // ---- Elements ------------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_step_kernel(const __grid_co
     float y[1] = {0.0f};
     if (known) {
       const float u = element(p.u, row), x = element(p.delta, row) + delta_bias[0];
-      const float d = softplus<true, false>(x, softplus_threshold(p.delta_softplus)).value;
+      const float d = softplus<true>(x, p.delta_softplus);
       X B[1][M::kS], C[1][M::kS];
       load_token_states<M>(B, p.B, row, at, p);
       load_token_states<M>(C, p.C, row, at, p);

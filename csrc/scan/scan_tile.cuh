@@ -48,14 +48,18 @@ struct ScanMapping : M_ {
   static constexpr int kWarpChannels = 32 / M_::kL * M_::kC;
   static constexpr int kGroup = M_::kL == 8 ? 8 : 4;
   static constexpr int kTile = M_::kN <= 16 ? 32 : 8;  // tokens whose B and C the forward holds in shared memory
-  static_assert(M_::kChunk % kGroup == 0 && kTile % kGroup == 0 && M_::kChannels == kScanWarps * kWarpChannels);
+  // Tokens whose inputs are fetched at once: going forth, and back, where there is less room.
+  static constexpr int kFetch = kTile / kGroup < 4 ? kTile : (kAny ? 2 : 4) * kGroup;
+  static constexpr int kFetchBack = M_::kChunk * (std::is_same_v<typename M_::T, float> || kAny ? 1 : 2);
+  static_assert(M_::kChunk % kGroup == 0 && kTile % kGroup == 0 && M_::kChannels == M_::kWarps * kWarpChannels);
 };
 
 // One segment of a sequence, walked in either direction.
 struct Walk {
   int64_t sequence, begin, first;  // begin: the sequence's lowest row; first: the row that is walked first
   int32_t segment, count, direction;
-  bool split, last;  // whether the sequence has several segments; whether this is the last of it
+  bool split, relayed;      // whether the sequence has several segments; whether it is long enough for a relay
+  bool last, last_but_one;  // whether this is its last segment, or the one before
 
   __device__ Walk(const ScanProblem& p, Tile tile) : sequence(tile.sequence), segment(tile.block) {
     const Span span = span_of(p.cu_seqlens, p.sequences, p.total, sequence);
@@ -66,6 +70,8 @@ struct Walk {
     first = p.reverse ? span.end - 1 - before : span.begin + before;
     split = span.size() > kSegmentRows;
     last = rest <= kSegmentRows;
+    last_but_one = !last && rest <= 2 * kSegmentRows;
+    relayed = span.size() > kRelayRows;
   }
   __device__ int64_t row(int32_t t) const { return first + int64_t(t) * direction; }
   __device__ int64_t slot() const { return segment_slot(begin, segment, last); }
@@ -87,6 +93,7 @@ struct Position {
   int group;          // of B and C
   int channel;        // first of kC
   int mine;           // how many of them there are
+  int of_warp;        // how many the warp has
   int state;          // first of kS
   int token;          // of a group: what this lane does for tokens
   int warp, in_warp;  // in_warp: first channel, counted within the warp
@@ -95,11 +102,12 @@ struct Position {
     const int of_group = p.channels / p.groups, blocks = (of_group + M::kChannels - 1) / M::kChannels;
     group = block / blocks;
     block_of_group = block % blocks;
-    warp = threadIdx.x / 32;
+    warp = M::kWarps == 1 ? 0 : threadIdx.x / 32;
     in_warp = M::Channels::index() * M::kC;
     const int within = block_of_group * M::kChannels + warp * M::kWarpChannels + in_warp;
     channel = group * of_group + within;
     mine = min(max(of_group - within, 0), M::kC);
+    of_warp = min(max(of_group - within + in_warp, 0), M::kWarpChannels);
     state = M::States::index() * M::kS;
     token = M::States::index() % M::kGroup;
   }
@@ -107,77 +115,170 @@ struct Position {
 
 // ---- Tensors of tokens and channels --------------------------------------------------------------------------------
 
-// This lane's channels of a tensor [total, channels], at every kGroup-th token.
-template <class M>
-class Column {
+// A warp's channels of a tensor [total, channels], fetched kRows tokens at a time into shared memory, where any of its
+// lanes finds its own.
+template <class M, int kRows>
+class InputRows {
   using T = typename M::T;
   using Item = Element<T>;
-  static constexpr int kBytes = M::kAny ? 4 : M::kC * int(sizeof(typename Item::Bits));
+  using Bits = typename Item::Bits;
+  static constexpr int kWidth = M::kWarpChannels;
 
  public:
-  struct alignas(kBytes < 4 ? 4 : kBytes) Values {
-    uint32_t word[(kBytes + 3) / 4];
-
+  using Slot = Bits[kRows][kWidth];
+  struct Values {
+    Few<Bits, M::kC> bits;
     __device__ float operator[](int c) const {
-      if constexpr (sizeof(typename Item::Bits) == 4) return __uint_as_float(word[c]);
-      if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        return __uint_as_float(c == 0 ? word[0] << 16 : word[0] & 0xffff0000);
+      if constexpr (M::kC == 2 && std::is_same_v<T, __nv_bfloat16>) {
+        const uint32_t both = reinterpret_cast<const uint32_t&>(bits);
+        return __uint_as_float(c == 0 ? both << 16 : both & 0xffff0000);
       } else {
-        return Item::value(uint16_t(word[0] >> 16 * c));
+        return Item::value(bits.x[c]);
       }
     }
   };
-
-  // Begins at the lane's token of group `group`; `forth` is 1 or -1 as later or earlier groups come next.
-  __device__ Column(const Rows& x, Dtype dtype, const Position<M>& at, const Walk& walk, int group, int forth)
-      : step_(int64_t(forth) * walk.direction * M::kGroup * x.token * Item::bytes(dtype)),
-        row_(static_cast<const char*>(x.data) +
-             (walk.row(group * M::kGroup + at.token) * x.token + at.channel) * Item::bytes(dtype)),
-        dtype_(dtype) {}
-
-  // Brings the lane's values to its place in shared memory, and goes on to the next group; zeros where the lane has no
-  // channel or `valid` is false. They are there when the copies committed behind it are: unlike loads into registers,
-  // the compiler cannot put these off until their use.
-  __device__ void fetch(Values& place, bool valid, int mine) {
-    const bool there = valid && mine > 0;
-    if constexpr (!M::kAny && kBytes == 8) {
-      copy_async_8(shared_place(place), row_, there);
-    } else if constexpr (!M::kAny && kBytes == 4) {
-      copy_async_4(shared_place(place), row_, there);
-    } else {
-      static_assert(M::kAny && M::kC == 1);
-      Values v = {};
-      if (there) v.word[0] = __float_as_uint(Item::load(row_, dtype_));
-      place = v;
-    }
-    row_ += step_;
+  static __device__ Values at(const Slot& slot, int token, const Position<M>& at) {
+    return {*reinterpret_cast<const Few<Bits, M::kC>*>(&slot[token][at.in_warp])};
   }
 
-  // And goes on to the next group.
-  __device__ void store(const float (&x)[M::kC], bool valid, int mine) {
-    char* const row = const_cast<char*>(row_);
-    if constexpr (M::kAny) {
-      if (valid && mine) Item::store(row, x[0], dtype_);
-    } else {
-      Values v;
-      if constexpr (sizeof(typename Item::Bits) == 4) {
+  // Begins with run `run` of kRows tokens; `forth` is 1 or -1 as later or earlier runs come next. `wide`: rows can be
+  // read 16 bytes at a time.
+  __device__ InputRows(const Rows& x, Dtype dtype, const Position<M>& at, const Walk& walk, bool wide, int run,
+                       int forth)
+      : token_step_(int64_t(walk.direction) * x.token * Item::bytes(dtype)),
+        run_step_(forth * kRows * token_step_),
+        row_(static_cast<const char*>(x.data) +
+             (walk.row(run * kRows + lane_token(wide)) * x.token + at.channel - at.in_warp + lane_item(wide)) *
+                 Item::bytes(dtype)) {}
+
+  // Starts copying, and goes on to the next run; zeros beyond the last token or channel. rest: tokens left; width: the
+  // warp's channels that there are.
+  __device__ void fetch(Slot& slot, int rest, int width, bool wide, Dtype dtype) {
+    const char* row = row_;
+    const int token = lane_token(wide), item = lane_item(wide);
+    Bits* const to = &slot[token][item];
+    const auto copy = [&]<int kItems>(std::integral_constant<int, kItems>) {
+      constexpr int kTokens = 32 * kItems / kWidth;  // of all lanes at once
 #pragma unroll
-        for (int c = 0; c < M::kC; ++c) v.word[c] = __float_as_uint(x[c]);
-      } else if constexpr (M::kC == 1) {
-        v.word[0] = Item::bits(x[0]);
-      } else {
-        v.word[0] = pack_halves<T>(x[0], x[1]);
+      for (int i = 0; i < (kRows + kTokens - 1) / kTokens; ++i) {
+        const bool there = token + i * kTokens < rest && item < width;
+        if (kRows % kTokens != 0 && token + i * kTokens >= kRows) break;
+        if constexpr (M::kAny) {
+          Bits x = {};
+          if (there) x = Item::load(row, dtype);
+          to[i * kTokens * kWidth] = x;
+        } else {
+          const uint32_t place = uint32_t(__cvta_generic_to_shared(to + i * kTokens * kWidth));
+          if constexpr (kItems * sizeof(Bits) == 16) copy_async_16(place, row, there);
+          if constexpr (kItems * sizeof(Bits) == 8) copy_async_8(place, row, there);
+          if constexpr (kItems * sizeof(Bits) == 4) copy_async_4(place, row, there);
+        }
+        row += kTokens * token_step_;
       }
-      store_guarded<kBytes>(row, v.word, valid && mine);
+    };
+    if (!M::kAny && wide) {
+      copy(std::integral_constant<int, kWide>{});
+    } else {
+      copy(std::integral_constant<int, kNarrow>{});
     }
-    row_ += step_;
+    row_ += run_step_;
   }
 
  private:
-  static __device__ uint32_t shared_place(Values& place) { return uint32_t(__cvta_generic_to_shared(&place)); }
+  static constexpr int kWide = 16 / sizeof(Bits), kNarrow = M::kC;  // items of a copy
+  static __device__ int lane_token(bool wide) {
+    return threadIdx.x % 32 * (!M::kAny && wide ? kWide : kNarrow) / kWidth;
+  }
+  static __device__ int lane_item(bool wide) {
+    return threadIdx.x % 32 * (!M::kAny && wide ? kWide : kNarrow) % kWidth;
+  }
 
-  const int64_t step_;
+  const int64_t token_step_, run_step_;
   const char* row_;
+};
+
+// Sums over all states of a channel, of a group's tokens and the lane's channels: the state lanes leave their parts in
+// shared memory and the lane whose token it is adds them up, when it likes. That takes fewer instructions than
+// shuffles, and nothing waits for it.
+template <class M>
+class LaneSums {
+  static constexpr bool kShuffled = M::kL > 8;  // too many parts to read
+  static constexpr int kItems = M::kC * (kShuffled ? 1 : M::kGroup), kRun = kItems < 4 ? kItems : 4;
+  using Run = Few<float, kRun>;
+
+ public:
+  __device__ void put(float (&x)[M::kC][M::kGroup]) {
+    if constexpr (kShuffled) {
+#pragma unroll
+      for (int c = 0; c < M::kC; ++c) sum_over_lanes<typename M::States>(x[c]);
+    }
+#pragma unroll
+    for (int i = 0; i < kItems / kRun; ++i) {
+      Run run;
+#pragma unroll
+      for (int k = 0; k < kRun; ++k) run.x[k] = x[(i * kRun + k) % M::kC][(i * kRun + k) / M::kC];
+      runs_[i][place(M::States::index())] = run;
+    }
+  }
+  // Of the lane's own token.
+  __device__ void get(float (&x)[M::kC], int token) const {
+    constexpr int kParts = kShuffled ? 1 : M::kL;
+    const int item = kShuffled ? 0 : token * M::kC;
+    Few<float, M::kC> part[kParts];
+#pragma unroll
+    for (int s = 0; s < kParts; ++s) {
+      const Run& run = runs_[item / kRun][place(kShuffled ? M::States::index() : s)];
+      part[s] = *reinterpret_cast<const Few<float, M::kC>*>(&run.x[item % kRun]);
+    }
+#pragma unroll
+    for (int width = kParts / 2; width > 0; width /= 2)
+#pragma unroll
+      for (int s = 0; s < width; ++s)
+#pragma unroll
+        for (int c = 0; c < M::kC; ++c) part[s].x[c] += part[s + width].x[c];
+#pragma unroll
+    for (int c = 0; c < M::kC; ++c) x[c] = part[0].x[c];
+  }
+
+ private:
+  // Lanes that write or read at once have different banks.
+  static __device__ int place(int state_lane) {
+    const int channel = M::Channels::index();
+    if constexpr (M::kL == 4) return state_lane * 8 + (channel ^ (state_lane & 1) * 4);
+    return state_lane * M::Channels::kCount + channel;
+  }
+
+  Run runs_[kItems / kRun][32 + (M::kL == 8 ? 4 : 0)];  // the padding is for lanes of neighbouring tokens
+};
+
+// A lane's place in contiguous tensors [total, channels] of which it writes a token of every `forth`-th group.
+template <class M, class Step = int64_t>
+class OutputPlace {
+  using Item = Element<typename M::T>;
+
+ public:
+  __device__ OutputPlace(const ScanProblem& p, const Position<M>& at, const Walk& walk, int group, int forth)
+      : step_(Step(forth) * walk.direction * M::kGroup * p.channels * Item::bytes(p.dtype)),
+        at_((walk.row(group * M::kGroup + at.token) * p.channels + at.channel) * Item::bytes(p.dtype)),
+        dtype_(p.dtype) {}
+
+  __device__ void store(void* data, const float (&x)[M::kC], bool valid) const {
+    char* const to = static_cast<char*>(data) + at_;
+    if constexpr (M::kAny) {
+      if (valid) Item::store(to, x[0], dtype_);
+    } else if constexpr (sizeof(typename Item::Bits) == 4) {
+      const uint32_t words[2] = {__float_as_uint(x[0]), __float_as_uint(x[1])};
+      store_guarded<8>(to, words, valid);
+    } else {
+      const uint32_t words[1] = {pack_halves<typename M::T>(x[0], x[1])};
+      store_guarded<4>(to, words, valid);
+    }
+  }
+  __device__ void next() { at_ += step_; }
+
+ private:
+  const Step step_;
+  int64_t at_;
   const Dtype dtype_;
 };
 

@@ -28,6 +28,15 @@ __device__ __forceinline__ void pass_turn(int* counter, int turn) {
   }
 }
 
+// Waits until the counter has come to `turn`; what was settled before that was passed on is there for the warp then.
+__device__ __forceinline__ void await_turn(const int* counter, int turn) {
+  if (threadIdx.x % 32 == 0) {
+    while (look_at(counter) < turn) __nanosleep(64);
+    asm volatile("fence.acq_rel.gpu;" ::: "memory");
+  }
+  __syncwarp();
+}
+
 // Adds four floats to global memory, each exactly once; nobody waits for the outcome.
 __device__ __forceinline__ void add_global(float4* address, float4 x) {
 #if __CUDA_ARCH__ >= 900
