@@ -414,6 +414,31 @@ def test_a_group_never_reaches_another(device, operator, poison):
         assert_same_bits(f"{operator}: {name}", *pairs)
 
 
+@pytest.mark.parametrize("size", [math.nan, 1e14, 1e-14], ids=str)
+def test_a_group_takes_its_own_way(device, size):
+    """At imaginary nodes numerators that are far out are summed otherwise: theirs alone."""
+    generator = torch.Generator().manual_seed(3)
+    v, w = (torch.randn(*shape, 6, generator=generator, dtype=C64).to(device) for shape in ((5, 4), (4,)))
+    z = torch.linspace(0.1, 3, 40, device=device) * 1j
+    sick = v.clone()
+    sick[1, 2] = size
+    clean, got = (packseq.cauchy_conj(x, z, w - w.real.abs() - 0.1) for x in (v, sick))
+    assert_same_bits("out", real(got)[[0, 2, 3, 4]], real(clean)[[0, 2, 3, 4]])
+    assert got[1, 2].isnan().all() == math.isnan(size)
+
+
+@pytest.mark.parametrize("operator", FILTERS)
+def test_nan_in_any_argument_shows(device, operator):
+    case = FilterCase(operator, 6, 40, 2, 5, rank=2)
+    tensors, dout = filter_inputs(case, device)
+    for name, x in tensors.items():
+        sick = tensors | {name: x.clone()}
+        sick[name][..., 0] = math.nan
+        assert real(ours(case)(**sick)[0]).isnan().any(), name
+    for name, x in with_gradients(ours(case), tensors, {"out": torch.full_like(dout, math.nan)}).items():
+        assert name == "out" or real(x).isnan().any(), name
+
+
 @pytest.mark.parametrize("length", [40, 3000])
 @pytest.mark.parametrize("operator", FILTERS)
 def test_a_row_gives_the_same_bits_alone(device, operator, length):

@@ -234,6 +234,22 @@ __device__ __forceinline__ void cauchy_sums(const CauchySums& s, CauchyPoles<kGr
   }
 }
 
+// Those of the groups first_group ... in `all` whose numerators are too large or small for imaginary nodes' way.
+template <int kGroups>
+__device__ unsigned immoderate_groups(const CauchySums& s, int64_t row, int64_t first_group, unsigned all) {
+  unsigned found = 0;
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) {
+    bool moderate = true;
+    if (all >> g & 1) {
+      const Complex* const v = s.v + ((first_group + g) * s.rows + row) * s.poles;
+      for (int n = threadIdx.x; n < s.poles; n += kCauchyThreads) moderate = moderate && is_moderate(v[n]);
+    }
+    if (!__syncthreads_and(moderate)) found |= 1u << g;
+  }
+  return found;
+}
+
 template <int kGroups>
 struct CauchyTile {
   static constexpr int kNodes = kGroups == 4 ? 2 : 4;  // of a thread
@@ -256,28 +272,32 @@ __global__ void __launch_bounds__(kCauchyThreads) cauchy_forward_kernel(const __
     near = near && is_near(z[i]);
     imaginary = imaginary && is_imaginary(z[i]);
   }
-  for (int64_t i = threadIdx.x; i < s.groups * s.poles; i += kCauchyThreads) {
-    imaginary = imaginary && is_moderate(s.v[(i / s.poles * s.rows + row) * s.poles + i % s.poles]);
-  }
   const CauchyWay way =
       s.conjugate ? choose_way(s.w + row * s.poles, s.poles, near, imaginary, kLeastSlope) : CauchyWay::plain;
   for (int64_t first_group = 0; first_group < s.groups; first_group += kGroups) {
-    Complex total[kNodes][kGroups];
-    if (way == CauchyWay::imaginary) {
-      cauchy_sums<CauchyWay::imaginary>(s, poles, row, first_group, z, total);
-    } else if (way == CauchyWay::pairs) {
-      cauchy_sums<CauchyWay::pairs>(s, poles, row, first_group, z, total);
-    } else {
-      cauchy_sums<CauchyWay::plain>(s, poles, row, first_group, z, total);
-    }
+    // Each group goes its own way, whatever others hold.
+    const unsigned all = (1u << min(int64_t(kGroups), s.groups - first_group)) - 1;
+    const unsigned pairs = way == CauchyWay::imaginary ? immoderate_groups<kGroups>(s, row, first_group, all) : 0;
+    for (const bool second : {false, true}) {
+      const unsigned groups = second ? pairs : all & ~pairs;
+      if (groups == 0) continue;
+      Complex total[kNodes][kGroups];
+      if (way == CauchyWay::plain) {
+        cauchy_sums<CauchyWay::plain>(s, poles, row, first_group, z, total);
+      } else if (way == CauchyWay::pairs || second) {
+        cauchy_sums<CauchyWay::pairs>(s, poles, row, first_group, z, total);
+      } else {
+        cauchy_sums<CauchyWay::imaginary>(s, poles, row, first_group, z, total);
+      }
 #pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      if (first_group + g >= s.groups) break;
-      Complex* const out = s.out + ((first_group + g) * s.rows + row) * s.nodes;
+      for (int g = 0; g < kGroups; ++g) {
+        if ((groups >> g & 1) == 0) continue;
+        Complex* const out = s.out + ((first_group + g) * s.rows + row) * s.nodes;
 #pragma unroll
-      for (int i = 0; i < kNodes; ++i) {
-        const int64_t l = first_node + i * kCauchyThreads;
-        if (l < s.nodes) out[l] = total[i][g];
+        for (int i = 0; i < kNodes; ++i) {
+          const int64_t l = first_node + i * kCauchyThreads;
+          if (l < s.nodes) out[l] = total[i][g];
+        }
       }
     }
   }

@@ -86,11 +86,11 @@ struct Weights {
   __device__ void begin(const FilterPlace& of) {
     place = of;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) under_way[i] = __ldg(place.at + i * place.step);
+    for (int i = 0; i < kAhead; ++i) under_way[i] = __ldg(place.at + int64_t(i) * place.step);
   }
   __device__ float4 take(int i) {
     const float4 weights = under_way[i % kAhead];
-    if (i + kAhead < Tile::kSlots) under_way[i % kAhead] = __ldg(place.at + (i + kAhead) * place.step);
+    if (i + kAhead < Tile::kSlots) under_way[i % kAhead] = __ldg(place.at + int64_t(i + kAhead) * place.step);
     return weights;
   }
 };

@@ -140,7 +140,8 @@ __device__ void convolve_chunks_staged(const GradientParams& p, float4* shared, 
     };
     float2 x[kPoints], dy[kPoints];
     if (p.x.pre_gate.data) tile.wait();  // for what piece() reads
-    of_x(tile).load_input(tile, p.x, piece(tile), x);
+    of_x(tile).load_input(
+        tile, p.x, [&] { return piece(tile); }, x);
     tile.template forward<true>(x);
     copy_async_wait<0>();
     tile.wait();
@@ -148,7 +149,8 @@ __device__ void convolve_chunks_staged(const GradientParams& p, float4* shared, 
       fetch(tile, of_x(tile), p.x.input, next);
     }
     copy_async_commit();
-    of_dy(tile).load_input(tile, p.dy, piece(tile), dy);
+    of_dy(tile).load_input(
+        tile, p.dy, [&] { return piece(tile); }, dy);
     transform_and_multiply<Tile>(p, shared, c, turn_of(shared, tile.team).now.channel_tile, x, dy);
     if constexpr (kFused<Tile>) {
       tile.template inverse<true>(dy);

@@ -127,7 +127,8 @@ __device__ void transform_blocks(const BlockParams& p, const ConvCall& call, flo
       first = false;
       copy_async_wait<0>();
       tile.wait();
-      buffer(tile).load_input(tile, call, piece, v);
+      buffer(tile).load_input(
+          tile, call, [&] { return piece; }, v);
       tile.wait();
       fetch(item + gridDim.x);
     } else {

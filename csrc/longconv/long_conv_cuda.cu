@@ -5,9 +5,9 @@
 // spectra go through device memory, a slab of channels after the other so that they never take much of it, in one
 // kernel that leaves at once where there are none.
 //
-// The gradient of the input of direct sums is the convolution of dout in reversed time, so it is the same kernel;
-// transforms share one kernel with the filter's gradient. With E elements of B bytes, the forward moves 2 E B bytes at
-// the least, the backward 5 E B, and sequences in blocks add 32 E in the forward.
+// The gradient of the input is the convolution of dout in reversed time, and so the same kernel's for direct sums and
+// the largest transforms; others share one with the filter's gradient. With E elements of B bytes, the forward moves 2
+// E B bytes at the least, the backward 5 E B, and sequences in blocks add 32 E in the forward.
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
@@ -28,6 +28,7 @@ using namespace longconv;
 struct Device {
   int processors, fft_classes;
   size_t shared;  // bytes that a block can have
+  bool can_stage;
 
   static Device current() {
     int device = 0, processors = 0;
@@ -35,7 +36,9 @@ struct Device {
     check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "long conv");
     const size_t shared = most_shared_memory("long conv");
     const int fft_classes = shared >= conv_shared_bytes(conv_threads(kLargeClass)) ? kLargeClass : kSmallClass;
-    return {processors, fft_classes, shared};
+    int major = 0;
+    check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "long conv");
+    return {processors, fft_classes, shared, major >= 9};
   }
 };
 
@@ -129,8 +132,8 @@ struct Call {
     const auto lies_so = [&](const Rows& x) {
       return x.token * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
     };
-    return device.shared >= staged_bytes<T>(device.fft_classes) && p.channels * sizeof(T) % 16 == 0 &&
-           std::all_of(all.begin(), all.end(), lies_so);
+    return device.can_stage && device.shared >= staged_bytes<T>(device.fft_classes) &&
+           p.channels * sizeof(T) % 16 == 0 && std::all_of(all.begin(), all.end(), lies_so);
   }
   Rows result(const void* data) const { return {data, p.channels}; }
 
@@ -165,9 +168,17 @@ struct Call {
   }
 };
 
+// Kernels count from row to row in 32 bits.
+void check_stride(const char* name, const Rows& rows) {
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+  check(-kMost <= rows.token && rows.token <= kMost, "long_conv: rows of ", name,
+        " must lie fewer than 2^31 elements apart, got ", rows.token);
+}
+
 void check_sizes(const LongConvProblem& p) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   check(p.taps >= 1, "long_conv: k must have at least 1 tap, got ", p.taps);
+  check_stride("u", p.u), check_stride("pre_gate", p.pre_gate), check_stride("gate", p.gate);
   check(p.sequences < kMost && p.channels < (1 << 24),
         "long_conv: needs fewer than 2^31 sequences and 2^24 channels, got ", p.sequences, " and ", p.channels);
   check(std::min(p.total, p.sequences) * divide_up(p.channels, 32) <= kMost, "long_conv: ", p.sequences,
@@ -271,6 +282,7 @@ void long_conv_forward(const LongConvForward& f, cudaStream_t stream) {
 void long_conv_backward(const LongConvBackward& b, cudaStream_t stream) {
   const LongConvProblem& p = b.problem;
   check_sizes(p);
+  check_stride("dout", b.dout);
   if (!empty(p)) {
     with_element_type(p.dtype, [&]<class T>(std::type_identity<T>) { backward<T>(b, stream); });
     return;

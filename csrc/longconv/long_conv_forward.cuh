@@ -62,7 +62,8 @@ __device__ void convolve_staged(const ConvParams& p, float4* shared, int c, uint
     };
     float2 v[kPoints];
     if (p.call.pre_gate.data) tile.wait();  // for what piece() reads
-    buffer(tile).load_input(tile, p.call, piece(tile), v);
+    buffer(tile).load_input(
+        tile, p.call, [&] { return piece(tile); }, v);
     tile.convolve(v, [&](const Tile& tile) {
       return filter_place(tile, p.spectra, p.shape, c, turn_of(shared, tile.team).now.channel_tile);
     });

@@ -14,14 +14,7 @@ struct Piece {
   int32_t channel;
   int32_t rows;  // none where the channel does not exist
 
-  // Rows from time `begin` on, at most so many.
-  __device__ static Piece of(const Shape& shape, int64_t sequence, int64_t channel, bool reverse, int64_t begin,
-                             int64_t most) {
-    const Span span = span_of(shape.cu_seqlens, shape.sequences, shape.total, sequence);
-    const int64_t rows = channel < shape.channels ? min(span.size() - begin, most) : 0;
-    return {reverse ? span.end - 1 - begin : span.begin + begin, int32_t(channel), int32_t(rows)};
-  }
-  // A whole sequence.
+  // A sequence, or a block of one.
   __device__ static Piece of(const Shape& shape, ListedRows listed, int64_t channel, bool reverse) {
     const int32_t rows = channel < shape.channels ? listed.end - listed.begin : 0;
     return {reverse ? listed.end - 1 : listed.begin, int32_t(channel), rows};

@@ -98,14 +98,20 @@ struct RowBuffer {
       f(place, first[pair * Tile::kChannels], first[pair * Tile::kChannels + kOdd]);
     }
   }
-  __device__ void load_input(const Tile& tile, const ConvCall& call, const Piece& piece, float2 (&v)[kPoints]) const {
+  // piece_of(): asked where it is needed.
+  template <class F>
+  __device__ void load_input(const Tile& tile, const ConvCall& call, const F& piece_of, float2 (&v)[kPoints]) const {
     for_rows(tile, [&](int place, T even, T odd) { v[place] = {float(even), float(odd)}; });
-    multiply_rows<T>(tile, call.pre_gate, call, piece, v);
+    if (call.pre_gate.data) multiply_rows<T>(tile, call.pre_gate, call, piece_of(), v);
   }
   __device__ void finish_rows(const Tile& tile, const ConvCall& call, const Piece& piece, int64_t channels,
                               float2 (&v)[kPoints]) const {
     finish<T>(
-        tile, call, piece, channels, v, [&](float2(&x)[kPoints]) { load_input(tile, call, piece, x); },
+        tile, call, piece, channels, v,
+        [&](float2(&x)[kPoints]) {
+          load_input(
+              tile, call, [&] { return piece; }, x);
+        },
         [&] { for_rows(tile, [&](int place, T& even, T& odd) { even = T(v[place].x), odd = T(v[place].y); }); });
   }
 };

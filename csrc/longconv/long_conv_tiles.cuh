@@ -7,7 +7,7 @@
 
 namespace packseq::longconv {
 
-// Of the convolution: eight channels are a sector of float32.
+// Of the convolution: eight channels are a sector of float32; of the largest size four is what fits.
 template <int kSize>
 using ConvTile = FftTile<kSize, (kSize <= 2048 ? 8 : 4)>;
 
@@ -102,7 +102,7 @@ __device__ __forceinline__ void for_items(float4* shared, uint32_t& unit, uint32
   unit = warp_counter(shared) - (block_number(shared, 0) + teams() - 1) / teams();
 }
 
-// Rows are staged in more shared memory than GPUs before Hopper have.
+// Rows are staged on Hopper and later GPUs, which have the shared memory for it.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 inline constexpr bool kCanStage = false;
 #else

@@ -63,7 +63,7 @@ bool matrices_aligned(const ScanProblem& p, int kN) {
 // Places of the list of segments.
 int64_t places_of(const ScanProblem& p) { return tile_capacity(p.total, p.sequences, kSegmentRows); }
 
-// Whether a relay's 32 bits hold the bytes from one of a warp's groups of tokens to the next,.
+// Whether a relay's 32 bits hold the bytes from one of a warp's groups of tokens to the next.
 bool relay_fits(const ScanProblem& p) {
   constexpr int64_t kMost = int64_t(1) << 22;
   const std::initializer_list<int64_t> strides = {p.channels, p.u.token,        p.delta.token,

@@ -1,4 +1,5 @@
-// The selective scan's forward: a block walks one segment of a sequence for its channels.
+// The selective scan's forward: a block walks one segment of a sequence for its channels, but for sequences that are
+// relayed (scan_relay.cuh).
 #pragma once
 #include <algorithm>
 

@@ -57,6 +57,7 @@ inline constexpr int32_t kSegmentRows = 4096;
 
 // The forward relays sequences of more tokens, where it can.
 inline constexpr int32_t kRelayRows = kSegmentRows;
+static_assert(kRelayRows == kSegmentRows, "a sequence has several segments where it is relayed, and only there");
 
 // The list of segments, of the longest sequences first, and how many blocks share it: places s, s + slots, ... are slot
 // s's.

@@ -7,6 +7,8 @@
 //
 // Segments of a sequence are tied the same way, through global memory: a block waits for the one that has the segment
 // before. So more blocks than there are channels' worth share a sequence, wherever they run.
+//
+// Rows come 16 bytes at a time. Tensors that do not lie so take the other way over segments, with other roundings.
 #pragma once
 #include "core/device/named_barrier.cuh"
 #include "core/device/turns.cuh"
@@ -297,10 +299,8 @@ void launch_scan_relay(const ScanForward& call, const ScanGrid& grid, const Segm
   const ScanProblem& p = call.problem;
   ScanGrid of_relay = grid;
   of_relay.channel_blocks = channel_blocks<Mapping>(p);
-  if (ties.passed) {
-    const size_t bytes = size_t(segment_slots(p.total)) * of_relay.channel_blocks * sizeof(int);
-    check_cuda(cudaMemsetAsync(ties.passed, 0, bytes, stream), "scan relay");
-  }
+  const size_t bytes = size_t(segment_slots(p.total)) * of_relay.channel_blocks * sizeof(int);
+  check_cuda(cudaMemsetAsync(ties.passed, 0, bytes, stream), "scan relay");
   launch("scan relay", scan_relay_kernel<Mapping>, int64_t(grid.relay_places) * of_relay.channel_blocks, kRelayThreads,
          sizeof(RelayShared<ScanMapping<Mapping>>), stream, {.call = call, .grid = of_relay, .ties = ties});
 }

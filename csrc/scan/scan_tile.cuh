@@ -2,7 +2,8 @@
 //
 // A thread owns kC neighbouring channels times kS neighbouring states, in registers, and walks its sequence's tokens
 // one after the other. A warp is kL state lanes, which hold all states of their channels, times 32 / kL channel lanes.
-// A block is four warps side by side over channels of one group; B and C of a tile of tokens are shared by them.
+// A block is four warps side by side over channels of one group, which share B and C of a tile of tokens; in a relay
+// (scan_relay.cuh) its warps have the same channels and take turns over the tokens.
 //
 // What belongs to a token and a channel alone (steps, gates, loads and stores) is done for kGroup tokens at once, the
 // state lanes having one token each.

@@ -22,9 +22,15 @@ __device__ __forceinline__ Split split_by_cutting(float x) {
   return {high, __float_as_uint(fmaf(x, 1.0f + 0x1p-23f, -__uint_as_float(high)))};
 }
 
+// NaN stays NaN.
 __device__ __forceinline__ Split split_by_rounding(float x) {
-  const uint32_t high = (__float_as_uint(x) + 0x1000u) & 0xffffe000u;
-  return {high, __float_as_uint(x - __uint_as_float(high)) + 0x1000u};
+  const auto rounded = [](float y) {
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(y));
+    return bits;
+  };
+  const uint32_t high = rounded(x);
+  return {high, rounded(x - __uint_as_float(high))};
 }
 
 // Fragments of a split A[16, 8].
@@ -54,8 +60,8 @@ struct SplitSum {
   __device__ __forceinline__ float operator[](int i) const { return large[i] + small[i]; }
 };
 
-// Writes element (k, n) of B[8, 8], as one of two neighbouring k = 2 t + second, into fragments kept in shared memory
-// lane by lane: column t of A then stands for k = 2 t, t + 4 for 2 t + 1.
+// Writes element (k, n) of B[8, 8] into fragments kept in shared memory lane by lane: column t of A then stands for
+// k = 2 t, t + 4 for 2 t + 1.
 __device__ __forceinline__ void store_split(uint4* fragments, int k, int n, float x) {
   uint32_t* const to = reinterpret_cast<uint32_t*>(fragments + n * 4 + k / 2) + k % 2;
   const Split parts = split_by_rounding(x);
