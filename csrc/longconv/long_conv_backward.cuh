@@ -58,28 +58,32 @@ __device__ void transform_and_multiply(const GradientParams& p, float4* shared, 
   }
 }
 
+// The team's item. Which it is, is asked anew wherever it matters, for want of registers.
 template <class T, class Tile>
-__device__ void convolve_chunk(const GradientParams& p, float4* shared, int c, uint32_t chunk, uint32_t channel_tile) {
+__device__ void convolve_chunk(const GradientParams& p, float4* shared, int c) {
+  const auto item = [&] { return warp_counter(shared) * (blockDim.x / Tile::kThreads) + Tile(shared).team; };
+  const auto channel_tile = [&] { return item() % p.shape.tiles(Tile::kChannels); };
+  const auto chunk = [&] { return item() / p.shape.tiles(Tile::kChannels); };
   clear_sums<Tile>(shared);
-  const Plan& plan = *p.shape.plan;
-  const int end = min(int(chunk + 1) * kChunkSequences, plan.count[c]);
-  for (int at = chunk * kChunkSequences; at < end; ++at) {
+  for (uint32_t i = 0; i < kChunkSequences && chunk() * kChunkSequences + i < p.shape.plan->count[c]; ++i) {
     const Tile tile(shared);
-    const Piece piece = Piece::of(p.shape, p.shape.list[plan.first[c] + at],
-                                  int64_t(channel_tile) * Tile::kChannels + tile.channel, p.x.reverse);
+    const auto piece = [&] {
+      const ListedRows listed = p.shape.list[p.shape.plan->first[c] + chunk() * kChunkSequences + i];
+      return Piece::of(p.shape, listed, int64_t(channel_tile()) * Tile::kChannels + tile.channel, p.x.reverse);
+    };
     float2 x[kPoints], dy[kPoints];
-    load_input<T>(tile, p.x, piece, x);
+    load_input<T>(tile, p.x, piece(), x);
     tile.template forward<true>(x);
-    load_input<T>(tile, p.dy, piece, dy);
+    load_input<T>(tile, p.dy, piece(), dy);
     tile.wait();
-    transform_and_multiply<Tile>(p, shared, c, channel_tile, x, dy);
+    transform_and_multiply<Tile>(p, shared, c, channel_tile(), x, dy);
     if constexpr (kFused<Tile>) {
       tile.template inverse<true>(dy);
-      finish_rows<T>(tile, p.dy, piece, p.shape.channels, dy);
+      finish_rows<T>(tile, p.dy, piece(), p.shape.channels, dy);
     }
     tile.wait();
   }
-  store_sums<Tile>(p, shared, c, chunk, channel_tile);
+  store_sums<Tile>(p, shared, c, chunk(), channel_tile());
 }
 
 // The chunks of a class, by rows in shared memory: x of a team's next sequence is under way from x's transform on, its
@@ -230,10 +234,7 @@ __global__ void __launch_bounds__(256, 1) gradient_kernel(const __grid_constant_
         convolve_chunks_staged<T, Tile>(p, shared, c, unit, items);
       } else {
         Tile::begin(shared, shape.table);
-        for_items<Tile::kThreads>(shared, unit, items, [&](uint32_t item) {
-          const uint32_t tiles = p.shape.tiles(Tile::kChannels);
-          convolve_chunk<T, Tile>(p, shared, c, item / tiles, item % tiles);
-        });
+        for_items<Tile::kThreads>(shared, unit, items, [&](uint32_t) { convolve_chunk<T, Tile>(p, shared, c); });
       }
     });
     const int distances = p.two_sided ? kLagGroups : kLagBlocks, first = p.two_sided ? 1 - kLagBlocks : 0;
