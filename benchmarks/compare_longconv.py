@@ -133,7 +133,7 @@ def filters(rows: int, nodes: int, seconds: float) -> list[dict]:
         "cauchy": (lambda v, w: packseq.cauchy_conj(v, z, w), (v, dt[:, None] * w)),
         "vandermonde": (lambda v, x: packseq.vandermonde_conj(v, x, nodes), (v, dt[:, None] * w)),
         "s4 spectrum": (
-            lambda w, P, B, C, dt: torch.ops.packseq.s4_spectrum(w, B, C[None], dt, P[None], length),
+            lambda w, P, B, C, dt: torch.ops.packseq.s4_spectrum(w, B, C[None], dt, length, P[None]),
             (w, P, B, C, dt),
         ),
     }

@@ -80,9 +80,11 @@ def check_filter(case: FilterCase, device: str) -> None:
                 floors[name] = max(floors[name], (x - exact[name]).abs().max().item())
         # dt stands beside every pole, and what it does there cancels.
         terms = (exact["dw"] * tensors["w"]).abs().sum(-1) / tensors["dt"]
-        floors["ddt"] += max(ULPS_OF_TERMS * ulp, OF_FLOAT64 * (case.dtype == C128)) * terms.max().item()
+        floors["ddt"] += max(2 * ULPS_OF_TERMS * ulp, OF_FLOAT64 * (case.dtype == C128)) * terms.max().item()
+    on_tensor_cores = case.operator == "s4_spectrum" and device == "cuda"  # which take 22 bits of a factor
+    ulps_of_terms = ULPS_OF_TERMS * (2 if on_tensor_cores else 1)
     for name in got:
-        relative = OF_FLOAT64 if case.dtype == C128 else ULPS_OF_TERMS * ulp * (name != "out")
+        relative = OF_FLOAT64 if case.dtype == C128 else ulps_of_terms * ulp * (name != "out" or on_tensor_cores)
         parts = (real(results[name]) for results in (got, exact, theirs))
         assert_accurate(name, *parts, relative=relative, floor=floors[name])
 
@@ -123,7 +125,9 @@ def test_the_grid_of_the_s4_repository(device, poles, length):
     theirs, exact = plainly(case, tensors, dout), plainly(case, exact_of(tensors), dout.to(C128))
 
     def error(x: Tensor, name: str) -> float:
-        return ((x - exact[name]).abs() / exact[name].abs()).max().item()
+        """Relative, but where a value is a thousandth of the largest and so what has cancelled."""
+        size = exact[name].abs()
+        return ((x - exact[name]).abs() / size.clamp(min=1e-3 * size.max().item())).max().item()
 
     for name in ("out", "dv", "dw", "dz"):
         assert error(got[name], name) <= 2 * error(theirs[name], name) + 1e-4, name

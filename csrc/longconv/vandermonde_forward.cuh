@@ -18,6 +18,7 @@ namespace packseq {
 
 inline constexpr int kSpan = 128;  // also of the backward
 inline constexpr int kVandermondeThreads = 128;
+inline constexpr int kPolesOfSum = 32;  // more are added up by so many: a sum of all would round a thousand times
 
 struct PowerSums {
   const Complex* x;  // [rows, poles]
@@ -95,6 +96,7 @@ __global__ void __launch_bounds__(kVandermondeThreads, 4)
     vandermonde_forward_kernel(const __grid_constant__ PowerSums s) {
   constexpr int kRows = 8, kColumns = 8;
   __shared__ PowerSumsTile tile;
+  extern __shared__ float totals[];  // [kRows kColumns, threads], where poles are many
   const int64_t filter = blockIdx.x / s.tiles, group = filter / s.rows, row = filter % s.rows;
   const int64_t first_span = blockIdx.x % s.tiles * (s.real ? PowerSumsTile::kRows : PowerSumsTile::kRows / 2);
   const int across = threadIdx.x % 16, down = threadIdx.x / 16;
@@ -107,6 +109,15 @@ __global__ void __launch_bounds__(kVandermondeThreads, 4)
   if (!__syncthreads_and(tame)) return sum_powers_directly(s, filter, first_span);
 
   float sums[kRows][kColumns] = {};
+  const bool many = s.poles > kPolesOfSum;
+  // f(sum, total) of this thread's results.
+  const auto for_totals = [&](const auto& f) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) f(sums[i][j], totals[(i * kColumns + j) * kVandermondeThreads + threadIdx.x]);
+  };
+  if (many) for_totals([](float, float& total) { total = 0.0f; });
   for (int first = 0; first < s.poles; first += PowerSumsTile::kPoles) {
     tile.fill(s, group, row, first_span, first);
     __syncthreads();
@@ -129,10 +140,14 @@ __global__ void __launch_bounds__(kVandermondeThreads, 4)
         add(tile.P[k], tile.re[k]);
         add(tile.Q[k], tile.im[k]);
       }
+      if (many && (first + PowerSumsTile::kPoles) % kPolesOfSum == 0) {
+        for_totals([](float& sum, float& total) { total += sum, sum = 0.0f; });
+      }
     }
     __syncthreads();
   }
   if (idle) return;
+  if (many) for_totals([](float& sum, float total) { sum += total; });
 
   const int64_t begin = filter * s.length;
 #pragma unroll
@@ -178,7 +193,14 @@ inline void launch_power_sums(PowerSums s, int64_t groups, cudaStream_t stream) 
   const int64_t spans = divide_up(s.length, kSpan), a_tile = PowerSumsTile::kRows / (s.real ? 1 : 2);
   s.tiles = divide_up(spans, a_tile);
   s.whole_vectors = s.length % 4 == 0 && reinterpret_cast<uintptr_t>(s.out) % 16 == 0;
-  launch("vandermonde", vandermonde_forward_kernel, groups * s.rows * s.tiles, kVandermondeThreads, 0, stream, s);
+  size_t totals = 0;
+  if (s.poles > kPolesOfSum) {  // with the tile more than a block has unasked
+    totals = 64 * kVandermondeThreads * sizeof(float);
+    check_cuda(cudaFuncSetAttribute(vandermonde_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    int(totals)),
+               "vandermonde");
+  }
+  launch("vandermonde", vandermonde_forward_kernel, groups * s.rows * s.tiles, kVandermondeThreads, totals, stream, s);
 }
 
 }  // namespace packseq
