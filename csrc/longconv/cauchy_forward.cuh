@@ -278,13 +278,13 @@ __global__ void __launch_bounds__(kCauchyThreads) cauchy_forward_kernel(const __
     // Each group goes its own way, whatever others hold.
     const unsigned all = (1u << min(int64_t(kGroups), s.groups - first_group)) - 1;
     const unsigned pairs = way == CauchyWay::imaginary ? immoderate_groups<kGroups>(s, row, first_group, all) : 0;
-    for (const bool second : {false, true}) {
-      const unsigned groups = second ? pairs : all & ~pairs;
+    for (int pass = 0; pass < 2; ++pass) {
+      const unsigned groups = pass == 0 ? all & ~pairs : pairs;
       if (groups == 0) continue;
       Complex total[kNodes][kGroups];
       if (way == CauchyWay::plain) {
         cauchy_sums<CauchyWay::plain>(s, poles, row, first_group, z, total);
-      } else if (way == CauchyWay::pairs || second) {
+      } else if (way == CauchyWay::pairs || pass == 1) {
         cauchy_sums<CauchyWay::pairs>(s, poles, row, first_group, z, total);
       } else {
         cauchy_sums<CauchyWay::imaginary>(s, poles, row, first_group, z, total);
