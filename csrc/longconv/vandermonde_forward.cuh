@@ -196,9 +196,9 @@ inline void launch_power_sums(PowerSums s, int64_t groups, cudaStream_t stream) 
   size_t totals = 0;
   if (s.poles > kPolesOfSum) {  // with the tile more than a block has unasked
     totals = 64 * kVandermondeThreads * sizeof(float);
-    check_cuda(cudaFuncSetAttribute(vandermonde_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    int(totals)),
-               "vandermonde");
+    check_cuda(
+        cudaFuncSetAttribute(vandermonde_forward_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(totals)),
+        "vandermonde");
   }
   launch("vandermonde", vandermonde_forward_kernel, groups * s.rows * s.tiles, kVandermondeThreads, totals, stream, s);
 }
