@@ -1,4 +1,4 @@
-// Additions of many blocks to one place in a fixed order: each waits for its turn, adds, and hands on.
+// What many blocks do to one place in a fixed order: each waits for its turn, adds or writes, and hands on.
 //
 // Blocks start in the order of their numbers, so a block may wait for lower-numbered ones and for no others.
 #pragma once
@@ -14,8 +14,8 @@ __device__ __forceinline__ int look_at(const int* counter) {
   return turn;
 }
 
-// Waits until all that the warp's lanes have added is there for everyone, and what the block's other threads had added
-// before a barrier that this warp has passed; then lane 0 may pass turns on.
+// Waits until all that the warp's lanes have added or written is there for everyone, and what the block's other threads
+// had before a barrier that this warp has passed; then lane 0 may pass turns on.
 __device__ __forceinline__ void settle_additions() {
   __syncwarp();
   if (threadIdx.x % 32 == 0) asm volatile("fence.acq_rel.gpu;" ::: "memory");
