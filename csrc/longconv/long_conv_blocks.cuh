@@ -1,8 +1,7 @@
 // Sequences in blocks, a slab of channels after the other: one kernel that the whole GPU goes through together.
 //
 // The transforms of all blocks go to device memory, a product of spectra is taken there frequency by frequency, and the
-// results are transformed back. Between the three the GPU waits for all its blocks of threads. A slab has so few
-// channels that its spectra stay in the second-level cache, and so many that every multiprocessor has work.
+// results are transformed back. Between the three the GPU waits for all its blocks of threads.
 //
 // With U the blocks of the input and F those of the filter, the output's are
 //   Y[o] = sum over i of U[i] W[o - i],  W[d] = F[d] + (-1)^k F[d - 1]
@@ -176,9 +175,9 @@ __device__ void inverse_blocks(const BlockParams& p, const ConvCall& call, float
 
 // The filter's gradient from the sums.
 template <class Tile>
-__device__ void inverse_sums(const BlockParams& p, float4* shared, const Slab& s, int64_t before) {
+__device__ void inverse_sums(const BlockParams& p, float4* shared, const Slab& s) {
   const int64_t tiles = divide_up(s.channels, Tile::kChannels);
-  for_share(before, s.filter_blocks() * tiles, [&](int64_t item) {
+  for_share(0, s.filter_blocks() * tiles, [&](int64_t item) {
     const Tile tile(shared);
     const int64_t index = item / tiles, channel = item % tiles * Tile::kChannels + tile.channel;
     const float sign = tile.j % 2 ? -1.f : 1.f;  // of the frequencies of this thread
@@ -432,7 +431,7 @@ __global__ void __launch_bounds__(ConvTile<kSize>::kThreads, 1)
         if (!call.out) continue;
         float4* const input = k ? s.dout : s.input;
         multiply_blocks<Tile>(p, s, input, k);
-        if (k) inverse_sums<Tile>(p, shared, s, 0);
+        if (k) inverse_sums<Tile>(p, shared, s);
         grid.sync();
         inverse_blocks<T, Tile, kStaged>(p, call, shared, s, k ? of_filter : 0, s.output ? s.output : input);
         grid.sync();

@@ -5,7 +5,6 @@
 // Blocks of threads stay: each walks through the classes, the longest sequences first, in steps of the grid.
 #pragma once
 #include "core/launch.h"
-#include "longconv/long_conv_backward.cuh"
 #include "longconv/long_conv_staged.cuh"
 
 namespace packseq::longconv {
@@ -192,25 +191,23 @@ __global__ void __launch_bounds__(512, 1) convolve_kernel(const __grid_constant_
 }  // namespace
 
 template <class T>
-size_t staged_bytes(int fft_classes) {
+size_t convolve_bytes(int fft_classes, bool staged) {
   const int threads = conv_threads(fft_classes);
-  size_t bytes = 0;
+  size_t bytes = kFrontBytes + size_t(threads) * kDirectRows * sizeof(float);  // of direct sums
   for (int c = 1; c <= fft_classes; ++c) {
     bytes = std::max(bytes, with_size(c, [&](auto size) {
                        using Tile = ConvTile<size>;
-                       return shared_bytes<Tile>(threads) + threads / Tile::kThreads * RowBuffer<T, Tile>::kBytes;
+                       const size_t buffers = staged ? threads / Tile::kThreads * RowBuffer<T, Tile>::kBytes : 0;
+                       return shared_bytes<Tile>(threads) + buffers;
                      }));
   }
-  return std::max(bytes, gradient_bytes<T>(fft_classes, true));
+  return bytes;
 }
 
 template <class T>
 void convolve(const ConvParams& p, bool staged, int blocks, cudaStream_t stream) {
-  const int threads = conv_threads(p.shape.fft_classes);
-  const size_t direct = kFrontBytes + size_t(threads) * kDirectRows * sizeof(float);
-  const size_t transforms = staged ? staged_bytes<T>(p.shape.fft_classes) : conv_shared_bytes(threads);
-  launch("long conv", staged ? convolve_kernel<T, true> : convolve_kernel<T, false>, blocks, threads,
-         std::max(direct, transforms), stream, p);
+  launch("long conv", staged ? convolve_kernel<T, true> : convolve_kernel<T, false>, blocks,
+         conv_threads(p.shape.fft_classes), convolve_bytes<T>(p.shape.fft_classes, staged), stream, p);
 }
 
 }  // namespace packseq::longconv

@@ -60,6 +60,7 @@ template <class T>
 void convolve(const ConvParams&, bool staged, int blocks, cudaStream_t);
 template <class T>
 void gradients(const GradientParams&, bool staged, int blocks, cudaStream_t);
+// Shared memory that a block must be able to have for it.
 template <class T>
 size_t staged_bytes(int fft_classes);
 template <class T>

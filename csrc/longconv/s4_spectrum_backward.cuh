@@ -251,28 +251,24 @@ __global__ void __launch_bounds__(kS4Threads) s4_spectrum_backward_kernel(const 
 #pragma unroll
         for (int m = 0; m < kRows; ++m) s4_add_products(pole[m], squares, factor, sums[m]);
       }
+      const auto for_sums = [&](const auto& f) {
 #pragma unroll
-      for (int m = 0; m < kRows; ++m)
+        for (int m = 0; m < kRows; ++m)
 #pragma unroll
-        for (int t = 0; t < kTiles; ++t)
+          for (int t = 0; t < kTiles; ++t)
 #pragma unroll
-          for (int which = 0; which < 2; ++which)
+            for (int which = 0; which < 2; ++which)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) total[m][t][which][i] += sums[m][t][which][i];
+              for (int i = 0; i < 4; ++i) f(m, t, which, i);
+      };
+      for_sums([&](int m, int t, int which, int i) { total[m][t][which][i] += sums[m][t][which][i]; });
       if (at_once && first_frequency + kS4Step<kRank> < end) continue;
       __syncthreads();
-#pragma unroll
-      for (int m = 0; m < kRows; ++m)
-#pragma unroll
-        for (int t = 0; t < kTiles; ++t)
-#pragma unroll
-          for (int which = 0; which < 2; ++which)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              memory.sums[warp / kAcross][t][which][2 * across + i % 2][first_row + 16 * m + 8 * (i / 2)] =
-                  total[m][t][which][i];
-              total[m][t][which][i] = 0.0f;
-            }
+      for_sums([&](int m, int t, int which, int i) {
+        memory.sums[warp / kAcross][t][which][2 * across + i % 2][first_row + 16 * m + 8 * (i / 2)] =
+            total[m][t][which][i];
+        total[m][t][which][i] = 0.0f;
+      });
       __syncthreads();
       s4_store_share<kRank>(s, memory, channel, filter, first, shares, !at_once && first_frequency != begin);
       held = -1;

@@ -19,16 +19,5 @@ constexpr int kOpaqueBytes = 16;
 __device__ __forceinline__ int opaque(int x, const float4* free_shared) {
   return x + *reinterpret_cast<const volatile int*>(free_shared - 1);
 }
-__device__ __forceinline__ int64_t opaque(int64_t x, const float4* free_shared) {
-  return x + *reinterpret_cast<const volatile int*>(free_shared - 1);
-}
-
-// x, a kernel's parameters: what is read through this is read where it is used, not before a loop.
-template <class X>
-__device__ __forceinline__ const X& opaque(const X& x) {
-  const X* p = &x;
-  asm volatile("" : "+l"(p));
-  return *p;
-}
 
 }  // namespace packseq
