@@ -6,7 +6,7 @@ import packseq
 import pytest
 import torch
 from bad_input import assert_raises
-from test_filters import calls_of
+from test_filters_promises import calls_of
 from torch import Tensor
 
 C64, C128 = torch.complex64, torch.complex128
