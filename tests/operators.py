@@ -7,7 +7,7 @@ sequence can be packed anywhere, or run alone.
 import os
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 
 import packseq
@@ -238,6 +238,59 @@ _add_attention(
 _add_attention("attention-cross", 2, 1, 96, keys=lambda n: 3 if n == 0 else n * 2 // 3, causal=True, sinks=True)
 _add_attention("attention-192", 2, 1, 192, 128, window=(20, 7), sink_tokens=2)
 _add_attention("attention-256", 2, 1, 256, keys=lambda n: n + 70, softcap=6.0, slopes=True)
+
+
+def _added(q: Tensor, cu_seqlens: Tensor, options: dict, **tensors: Tensor) -> dict:
+    """What both operators of keys that come in parts take: queries that begin 70 keys into their sequences."""
+    sequences = max(cu_seqlens.shape[0] - 1, 0)
+    first = [q.new_full((sequences, 1), place, dtype=torch.int32) for place in (70, 0)]
+    defaults = {"causal": False, "window_left": -1, "window_right": -1, "sink_tokens": 0, "softcap": 0.0}
+    rest = {"alibi_slopes": None, "scale": None}
+    return {"q": q, "cu_seqlens": cu_seqlens, "positions": torch.cat(first, 1)} | defaults | rest | options | tensors
+
+
+def _attention_accumulate(options: dict, q: Tensor, v: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+    out, sums = (q.new_zeros(*q.shape[:2], n, dtype=statistics(q.dtype)) for n in (v.shape[-1], 2))
+    torch.ops.packseq.attention_accumulate(out=out, sums=sums, v=v, **_added(q, options=options, **tensors))
+    return out, sums
+
+
+def _attention_accumulate_backward(options: dict, q: Tensor, k: Tensor, v: Tensor, **tensors: Tensor) -> tuple:
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=statistics(x.dtype)) for x in (q, k, v))
+    torch.ops.packseq.attention_accumulate_backward(
+        dq=dq, dk=dk, dv=dv, k=k, v=v, **_added(q, options=options, **tensors)
+    )
+    return dq, dk, dv
+
+
+def _add_attention_accumulate(id: str, heads: int, kv_heads: int, dim: int, dim_v: int, **options) -> None:
+    q, k, v = Rows((heads, dim)), Rows((kv_heads, dim), "cu_seqlens_k"), Rows((kv_heads, dim_v), "cu_seqlens_k")
+    of_rows = Rows((heads,), statistics=True)
+    forward = {"out": Rows((heads, dim_v), statistics=True), "sums": Rows((heads, 2), statistics=True)}
+    backward = {"d" + name: replace(rows, statistics=True) for name, rows in {"q": q, "k": k, "v": v}.items()}
+    for name, call, inputs, outputs in (
+        (id, _attention_accumulate, {}, forward),
+        (
+            f"{id}-backward",
+            _attention_accumulate_backward,
+            {"dout": Rows((heads, dim_v)), "lse": of_rows, "delta": of_rows},
+            backward,
+        ),
+    ):
+        OPERATORS.append(
+            Operator(
+                id=name,
+                call=partial(call, options),
+                inputs={"q": q, "k": k, "v": v} | inputs,
+                outputs=outputs,
+                lengths={"cu_seqlens": lambda n: n, "cu_seqlens_k": lambda n: n + 70 if n else 3},
+                inference=True,
+            )
+        )
+
+
+_add_attention_accumulate("attention-accumulate", 4, 2, 128, 128, causal=True)
+_add_attention_accumulate("attention-accumulate-window", 2, 1, 40, 72, window_left=20, sink_tokens=2, softcap=4.0)
 
 
 # ---- selective scan and causal convolution

@@ -138,4 +138,9 @@ def _backward(ctx, dout, dlse):
 register_gradient("attention", _backward, _save)
 register_without_gradient("attention_accumulate")
 register_without_gradient("attention_accumulate_backward")
-register_autocast("attention", lambda cast, q, k, v, *rest: (cast(q), cast(k), cast(v), *rest))
+for operator in ("attention", "attention_accumulate"):
+    register_autocast(operator, lambda cast, q, k, v, *rest: (cast(q), cast(k), cast(v), *rest))
+register_autocast(
+    "attention_accumulate_backward",
+    lambda cast, dout, delta, q, k, v, *rest: (cast(dout), delta, cast(q), cast(k), cast(v), *rest),
+)
