@@ -57,9 +57,12 @@ class InSteps:
             delta = (out.float() * dout.float()).sum(2)
             for step in filter(None, self.plans[rank]):
                 keys = self.keys(rank, step)
-                dkeys = [torch.zeros_like(x, dtype=torch.float32) for x in keys]
+                mine = step.shift == 0
+                dkeys = sums[rank][1:] if mine else [torch.zeros_like(x, dtype=torch.float32) for x in keys]
                 for call in step.calls:
                     accumulate_backward(dout, delta, q, *keys, lse, sums[rank][0], *dkeys, *call, *self.options)
+                if mine:
+                    continue
                 source = (rank - step.shift) % self.sharding.world
                 rows = self.plans[source][step.shift].send
                 for total, part in zip(sums[source][1:], dkeys, strict=True):

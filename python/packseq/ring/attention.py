@@ -183,17 +183,15 @@ def _ring_attention_backward(dout, dlse, q, k, v, out, lse, key, group, *options
     dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
     returning = None  # the gradients of the step before, on their way to whom the keys and values are
     for step, keys in ring.with_keys(k, v):
-        dkeys = [x.new_zeros(x.shape, dtype=lse.dtype) for x in keys]
+        mine = step is not None and step.shift == 0  # every row sees itself: all of them, as they stand
+        dkeys = [dk, dv] if mine else [x.new_zeros(x.shape, dtype=lse.dtype) for x in keys]
         for call in step.calls if step and q.shape[1] else ():
             torch.ops.packseq.attention_accumulate_backward(
                 dout, delta, q, *keys, lse, dq, *dkeys, *call, *ring.options
             )
         _take_back(returning, dk, dv)
-        if step is None:
-            returning = None
-        elif step.shift == 0:
-            returning = None, step.send, dkeys
-        else:
+        returning = None
+        if step is not None and not mine:
             arriving = [x.new_empty(step.sends, *x.shape[1:]) for x in dkeys]
             returning = ring.transfer(dkeys, arriving, -step.shift, "their gradients"), step.send, arriving
     _take_back(returning, dk, dv)
@@ -201,13 +199,12 @@ def _ring_attention_backward(dout, dlse, q, k, v, out, lse, key, group, *options
     return *gradients, dsinks
 
 
-def _take_back(returning: tuple | None, dk: Tensor, dv: Tensor) -> None:
+def _take_back(returning: tuple[Transfer, slice | Tensor, list[Tensor]] | None, dk: Tensor, dv: Tensor) -> None:
     """Adds the gradients of keys and values that went out to those that stayed."""
     if returning is None:
         return
     transfer, rows, arrived = returning
-    if transfer:
-        transfer.wait()
+    transfer.wait()
     for total, part in zip((dk, dv), arrived, strict=True):
         total[rows] += part  # no row twice
 
