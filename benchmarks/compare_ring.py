@@ -39,7 +39,7 @@ class InSteps:
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         results = []
         for rank, (q, _, v, _) in enumerate(self.ranks):
-            out = q.new_empty(*q.shape[:2], v.shape[2], dtype=torch.float32)
+            out = q.new_zeros(*q.shape[:2], v.shape[2], dtype=torch.float32)
             sums = q.new_zeros(*q.shape[:2], 2, dtype=torch.float32)
             sums[..., 0] = -math.inf
             for step in filter(None, self.plans[rank]):
@@ -47,14 +47,16 @@ class InSteps:
                 for call in step.calls:
                     accumulate(q, *keys, out, sums, *call, *self.options)
             level, weight = sums.unbind(2)
-            results.append(((out / weight[..., None]).to(q.dtype), level * math.log(2) + weight.log()))
+            results.append(
+                (torch.div(out, weight[..., None], out=torch.empty_like(q)), level * math.log(2) + weight.log())
+            )
         return results
 
     def backward(self, results: list[tuple[Tensor, Tensor]]) -> list[list[Tensor]]:
         sums = [[torch.zeros_like(x, dtype=torch.float32) for x in rank[:3]] for rank in self.ranks]
         for rank, (q, _, _, dout) in enumerate(self.ranks):
             out, lse = results[rank]
-            delta = (out.float() * dout.float()).sum(2)
+            delta = (dout * out.float()).sum(2)
             for step in filter(None, self.plans[rank]):
                 keys = self.keys(rank, step)
                 mine = step.shift == 0

@@ -152,7 +152,7 @@ def _ring_attention(q, k, v, key, group, *options):
     q, k, v = heads.split([q], [k, v])
     sums = q.new_zeros(*q.shape[:2], 2, dtype=statistics)
     sums[..., 0] = -math.inf
-    total = q.new_empty(*q.shape[:2], v.shape[2], dtype=statistics)
+    total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=statistics)  # of rows that see no key, too
     for step, keys in ring.with_keys(k, v):
         for call in step.calls if step and q.shape[1] else ():
             torch.ops.packseq.attention_accumulate(q, *keys, total, sums, *call, *ring.options)
@@ -161,7 +161,8 @@ def _ring_attention(q, k, v, key, group, *options):
     if sinks is not None:
         sink = sinks[heads.of_q]
         mine, weight = torch.logaddexp(mine, sink), weight + torch.exp2(sink * (1 / math.log(2)) - level)
-    total = torch.where(sums[..., 1:] == 0, 0, total / weight[..., None]).to(q.dtype)
+    weight = weight.masked_fill(sums[..., 1] == 0, 1)[..., None]  # no key: zeros as they are
+    total = torch.div(total, weight, out=total.new_empty(0, dtype=q.dtype))  # in one pass
     heads.join([total, mine], [], [out, lse])
     return out, lse
 
@@ -169,7 +170,7 @@ def _ring_attention(q, k, v, key, group, *options):
 def _ring_attention_backward(dout, dlse, q, k, v, out, lse, key, group, *options):
     ring = _Ring(q, k, v, key, group, *options)
     sinks = options[-2]
-    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(2)
+    delta = (dout * out.to(lse.dtype)).sum(2)
     if dlse is not None:
         delta -= dlse
     dsinks = lse.new_empty(0)
