@@ -60,9 +60,11 @@ class InSteps:
             for step in filter(None, self.plans[rank]):
                 keys = self.keys(rank, step)
                 mine = step.shift == 0
-                dkeys = sums[rank][1:] if mine else [torch.zeros_like(x, dtype=torch.float32) for x in keys]
-                for call in step.calls:
-                    accumulate_backward(dout, delta, q, *keys, lse, sums[rank][0], *dkeys, *call, *self.options)
+                dkeys = sums[rank][1:] if mine else [torch.empty_like(x, dtype=torch.float32) for x in keys]
+                for i, call in enumerate(step.calls):
+                    accumulate_backward(
+                        *(dout, delta, q, *keys, lse, sums[rank][0], *dkeys, mine or i > 0), *call, *self.options
+                    )
                 if mine:
                     continue
                 source = (rank - step.shift) % self.sharding.world

@@ -255,32 +255,33 @@ def _attention_accumulate(options: dict, q: Tensor, v: Tensor, **tensors: Tensor
     return out, sums
 
 
-def _attention_accumulate_backward(options: dict, q: Tensor, k: Tensor, v: Tensor, **tensors: Tensor) -> tuple:
-    dq, dk, dv = (x.new_zeros(x.shape, dtype=statistics(x.dtype)) for x in (q, k, v))
+def _attention_accumulate_backward(
+    options: dict, add_to_keys: bool, q: Tensor, k: Tensor, v: Tensor, **tensors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_zeros(x.shape, dtype=statistics(q.dtype)) for x in (q, k, v))
     torch.ops.packseq.attention_accumulate_backward(
-        dq=dq, dk=dk, dv=dv, k=k, v=v, **_added(q, options=options, **tensors)
+        **{"dq": dq, "dk": dk, "dv": dv, "add_to_keys": add_to_keys, "k": k, "v": v},
+        **_added(q, options=options, **tensors),
     )
     return dq, dk, dv
 
 
-def _add_attention_accumulate(id: str, heads: int, kv_heads: int, dim: int, dim_v: int, **options) -> None:
+def _add_attention_accumulate(
+    id: str, heads: int, kv_heads: int, dim: int, dim_v: int, add_to_keys: bool, **options
+) -> None:
     q, k, v = Rows((heads, dim)), Rows((kv_heads, dim), "cu_seqlens_k"), Rows((kv_heads, dim_v), "cu_seqlens_k")
     of_rows = Rows((heads,), statistics=True)
     forward = {"out": Rows((heads, dim_v), statistics=True), "sums": Rows((heads, 2), statistics=True)}
     backward = {"d" + name: replace(rows, statistics=True) for name, rows in {"q": q, "k": k, "v": v}.items()}
+    gradients = {"dout": Rows((heads, dim_v)), "lse": of_rows, "delta": of_rows}
     for name, call, inputs, outputs in (
-        (id, _attention_accumulate, {}, forward),
-        (
-            f"{id}-backward",
-            _attention_accumulate_backward,
-            {"dout": Rows((heads, dim_v)), "lse": of_rows, "delta": of_rows},
-            backward,
-        ),
+        (id, partial(_attention_accumulate, options), {}, forward),
+        (f"{id}-backward", partial(_attention_accumulate_backward, options, add_to_keys), gradients, backward),
     ):
         OPERATORS.append(
             Operator(
                 id=name,
-                call=partial(call, options),
+                call=call,
                 inputs={"q": q, "k": k, "v": v} | inputs,
                 outputs=outputs,
                 lengths={"cu_seqlens": lambda n: n, "cu_seqlens_k": lambda n: n + 70 if n else 3},
@@ -289,8 +290,8 @@ def _add_attention_accumulate(id: str, heads: int, kv_heads: int, dim: int, dim_
         )
 
 
-_add_attention_accumulate("attention-accumulate", 4, 2, 128, 128, causal=True)
-_add_attention_accumulate("attention-accumulate-window", 2, 1, 40, 72, window_left=20, sink_tokens=2, softcap=4.0)
+_add_attention_accumulate("attention-accumulate", 4, 2, 128, 128, False, causal=True)
+_add_attention_accumulate("attention-accumulate-window", 2, 1, 40, 72, True, window_left=20, sink_tokens=2, softcap=4.0)
 
 
 # ---- selective scan and causal convolution

@@ -71,8 +71,8 @@ def in_parts(q: Tensor, k: Tensor, v: Tensor, arguments: list, dout: Tensor, par
     delta = (out.to(q.dtype).to(kind) * dout.to(kind)).sum(2)
     dq, dk, dv = (torch.zeros_like(x, dtype=kind) for x in (q, k, v))
     for rows, tensors in calls:
-        dkeys, dvalues = (torch.zeros_like(x[rows], dtype=kind) for x in (k, v))
-        accumulate_backward(dout, delta, q, k[rows], v[rows], lse, dq, dkeys, dvalues, *tensors, *arguments)
+        dkeys, dvalues = (torch.full_like(x[rows], math.nan, dtype=kind) for x in (k, v))
+        accumulate_backward(dout, delta, q, k[rows], v[rows], lse, dq, dkeys, dvalues, False, *tensors, *arguments)
         dk[rows] += dkeys
         dv[rows] += dvalues
     return [out.to(q.dtype), lse, *(x.to(q.dtype) for x in (dq, dk, dv))]
@@ -132,7 +132,7 @@ def test_rows_that_see_no_key_and_slack_rows_stay_as_they_are(device):
     assert (out[seen] != 3).all()
     dq, dk, dv = (torch.full((9, 2, 16), 3.0, device=device) for _ in range(3))
     lse, delta = (torch.zeros(9, 2, device=device) for _ in range(2))
-    accumulate_backward(q, delta, q, k, v, lse, dq, dk, dv, *tensors, True, -1, -1, 0, 0.0, None, None)
+    accumulate_backward(q, delta, q, k, v, lse, dq, dk, dv, True, *tensors, True, -1, -1, 0, 0.0, None, None)
     assert (dq[rest] == 3).all()
     assert (dq[seen] != 3).any()
     assert (dk[2:] == 3).all()
@@ -156,9 +156,8 @@ def test_opcheck(device):
     torch.library.opcheck(accumulate.default, (q, k, v, out, sums, *bounds, *REST))
     lse, delta = torch.zeros(2, 4, 2, device=device).unbind()
     gradients = [torch.zeros_like(x) for x in (q, k, v)]
-    torch.library.opcheck(
-        accumulate_backward.default, (torch.randn_like(q), delta, q, k, v, lse.clone(), *gradients, *bounds, *REST)
-    )
+    tensors = (torch.randn_like(q), delta, q, k, v, lse.clone(), *gradients)
+    torch.library.opcheck(accumulate_backward.default, (*tensors, True, *bounds, *REST))
 
 
 def test_there_is_no_gradient(device):

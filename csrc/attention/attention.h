@@ -77,9 +77,11 @@ struct AttentionBackward {
   void* dsinks;      // [heads]; nullptr where sinks is
   void* workspace;   // CUDA only: attention_backward_workspace(problem) bytes, 256-byte aligned
 
-  // Not nullptr: [total_q, heads], rowsum(dout * out) - dlse. dq, dk and dv, in the statistics' type, are added to; lse
-  // is that of all keys. out, dlse, sinks and dsinks are nullptr; slack rows stay.
+  // Not nullptr: [total_q, heads], rowsum(dout * out) - dlse. dq, dk and dv are of the statistics' type: dq is added
+  // to, dk and dv are where `add_to_keys` says so, and else written. lse is that of all keys. out, dlse, sinks and
+  // dsinks are nullptr; slack rows stay.
   const void* delta = nullptr;
+  bool add_to_keys = false;
 };
 
 void attention_forward(const AttentionForward&, const Executor&);

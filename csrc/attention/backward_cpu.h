@@ -59,8 +59,8 @@ class BackwardSequence {
     const int64_t row = h.k.begin * p_.kv_heads + h.kv_head;
     for (int64_t j = 0; j < len_k; ++j) {
       const int64_t at = row + j * p_.kv_heads;
-      put(dk_ + j * stride_, p_.dim, Real(p_.scale), b_.dk, at);
-      put(dv_ + j * stride_v_, p_.dim_v, Real(1), b_.dv, at);
+      put(dk_ + j * stride_, p_.dim, Real(p_.scale), b_.dk, at, b_.add_to_keys);
+      put(dv_ + j * stride_v_, p_.dim_v, Real(1), b_.dv, at, b_.add_to_keys);
     }
   }
 
@@ -104,11 +104,11 @@ class BackwardSequence {
     for (int64_t i = 0; i < count; i += kWidth) store(x + i, Vec<Real>{});
   }
 
-  // A finished row of a gradient: row `row` of a tensor of rows of n.
-  void put(const Real* from, int64_t n, Real factor, void* tensor, int64_t row) {
+  // A finished row of a gradient: row `row` of a tensor of rows of n. `adds` where there is a delta: to what is there.
+  void put(const Real* from, int64_t n, Real factor, void* tensor, int64_t row, bool adds) {
     if (b_.delta) {
       Real* const to = static_cast<Real*>(tensor) + row * n;
-      for (int64_t i = 0; i < n; ++i) to[i] += from[i] * factor;
+      for (int64_t i = 0; i < n; ++i) to[i] = (adds ? to[i] : Real(0)) + from[i] * factor;
     } else {
       for (int64_t i = 0; i < n; i += kWidth) store(row_ + i, load(from + i) * factor);
       store_row(row_, n, static_cast<T*>(tensor) + row * n);
@@ -269,7 +269,7 @@ class BackwardSequence {
     }
     for (int32_t r = 0; r < tile.rows; ++r) {
       const int64_t at = (t.q.begin + tile.query(r)) * p_.heads + tile.head(r);
-      put(q_ + r * stride_, p_.dim, Real(p_.scale), b_.dq, at);
+      put(q_ + r * stride_, p_.dim, Real(p_.scale), b_.dq, at, true);
     }
   }
 

@@ -31,13 +31,13 @@ __device__ inline float row_delta(const BackwardParams& params, int64_t row, int
   return lse == INFINITY ? 0.0f : params.delta[head * params.call.problem.total_q + row];
 }
 
-// `scale` times a tile of sums into its gradient, from the tensor's row `first` on.
+// `scale` times a tile of sums into its gradient, or to what is there, from the tensor's row `first` on.
 template <class T>
-__device__ __forceinline__ void put(const AttentionBackward& call, const typename T::Sums& sums, float scale,
-                                    void* tensor, int64_t first, int64_t stride, int32_t rows, int dim) {
+__device__ __forceinline__ void put(bool adds, const typename T::Sums& sums, float scale, void* tensor, int64_t first,
+                                    int64_t stride, int32_t rows, int dim) {
   float* const to = static_cast<float*>(tensor) + first * dim;
   const auto by = [&](int) { return scale; };
-  if (call.delta) {
+  if (adds) {
     T::add(
         sums, by, [](int) { return 1.0f; }, to, stride * dim, rows, dim);
   } else {
@@ -100,8 +100,8 @@ class DqBlock {
       }
     }
     const int64_t first = (facts_.q_begin + facts_.first_query) * p_.heads + facts_.head, stride = p_.heads;
-    put<T>(params_.call, dq_, float(p_.scale), params_.call.dq, first, stride, facts_.mask.len_q - facts_.first_query,
-           p_.dim);
+    put<T>(params_.call.delta != nullptr, dq_, float(p_.scale), params_.call.dq, first, stride,
+           facts_.mask.len_q - facts_.first_query, p_.dim);
   }
 
  private:
@@ -236,8 +236,8 @@ class DkvBlock {
   __device__ void finish() const {
     const int32_t first_key = key_facts_.first_key, rows = facts_.mask.len_k - first_key;
     const int64_t first = (facts_.k_begin + first_key) * p_.kv_heads + key_facts_.kv_head, stride = p_.kv_heads;
-    put<T>(params_.call, dk_, float(p_.scale), params_.call.dk, first, stride, rows, p_.dim);
-    put<T>(params_.call, dv_, 1.0f, params_.call.dv, first, stride, rows, p_.dim_v);
+    put<T>(params_.call.add_to_keys, dk_, float(p_.scale), params_.call.dk, first, stride, rows, p_.dim);
+    put<T>(params_.call.add_to_keys, dv_, 1.0f, params_.call.dv, first, stride, rows, p_.dim_v);
   }
 
   const BackwardParams& params_;

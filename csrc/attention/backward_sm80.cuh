@@ -47,11 +47,11 @@ struct BackwardFacts {
 // share their keys, each computing the scores of half of the queries and owning half of the columns of dK and dV, and
 // what the one computed the other reads from shared memory. kSmall fits the 99 KiB of sm_86 and sm_89.
 //
-// kAdds: dK and dV are added, in float32, to what other queries gave (AttentionBackward::delta).
-template <int kDim_, bool kSmall_, bool kAdds_>
+// kWide: dK and dV leave in float32 (AttentionBackward::delta).
+template <int kDim_, bool kSmall_, bool kWide_>
 struct BackwardConfig {
   static constexpr int kDim = kDim_;
-  static constexpr bool kSmall = kSmall_, kAdds = kAdds_;
+  static constexpr bool kSmall = kSmall_, kWide = kWide_;
   static constexpr int kSplit = kDim <= 64 ? 1 : 2;  // warps that share their keys
   static constexpr int kWarps = kDim <= 64 || (kSmall && kDim == 256) ? 4 : 8, kThreads = 32 * kWarps;
   static constexpr int kKeyTiles = kDim <= 64 || (!kSmall && kDim <= 128) ? 2 : 1;  // of 16 keys, for each warp
@@ -473,9 +473,9 @@ class BackwardBlock {
 
   // dK and dV through the keys' and values' shared memory, which nobody reads any more, to whole rows.
   __device__ void finish() const {
-    if constexpr (C::kAdds) {
-      add(dk_, float(p_.scale), params_.call.dk, p_.dim);
-      add(dv_, 1.0f, params_.call.dv, p_.dim_v);
+    if constexpr (C::kWide) {
+      store_wide(dk_, float(p_.scale), params_.call.dk, p_.dim);
+      store_wide(dv_, 1.0f, params_.call.dv, p_.dim_v);
     } else {
       stage(dk_, shared_k_, float(p_.scale));
       stage(dv_, shared_v(), 1.0f);
@@ -485,9 +485,9 @@ class BackwardBlock {
     }
   }
 
-  // To what other queries gave, in float32.
-  __device__ void add(const Accumulator& sum, float by, void* gradient, int dim) const {
-    const int first_col = half_ * kCols, lane = afresh(lane_);
+  // In float32, to what other queries gave where the call says so: all of a row is asked for before it is written.
+  __device__ void store_wide(const Accumulator& sum, float by, void* gradient, int dim) const {
+    const int lane = afresh(lane_), first_col = half_ * kCols + lane % 4 * 2;
 #pragma unroll
     for (int m = 0; m < C::kKeyTiles; ++m) {
 #pragma unroll
@@ -495,14 +495,19 @@ class BackwardBlock {
         const int key = key_block_ * C::kKeys + warp_key_ + 16 * m + 8 * r + lane / 4;
         if (key >= facts_.mask.len_k) continue;
         float* const row =
-            static_cast<float*>(gradient) + ((int64_t(k_begin_) + key) * p_.kv_heads + kv_head_) * dim + lane % 4 * 2;
+            static_cast<float*>(gradient) + ((int64_t(k_begin_) + key) * p_.kv_heads + kv_head_) * dim + first_col;
+        const auto at = [&](int n) { return reinterpret_cast<float2*>(row + 8 * n); };
+        float2 x[kColTiles] = {};
+        if (params_.call.add_to_keys) {
+#pragma unroll
+          for (int n = 0; n < kColTiles; ++n) {
+            if (first_col + 8 * n < dim) x[n] = *at(n);
+          }
+        }
 #pragma unroll
         for (int n = 0; n < kColTiles; ++n) {
-          const int col = first_col + 8 * n;
-          if (col >= dim) break;
-          float2* const at = reinterpret_cast<float2*>(row + col);
-          const float2 x = *at;
-          *at = {x.x + sum[m][n][2 * r] * by, x.y + sum[m][n][2 * r + 1] * by};
+          const float2 y = {x[n].x + sum[m][n][2 * r] * by, x[n].y + sum[m][n][2 * r + 1] * by};
+          if (first_col + 8 * n < dim) *at(n) = y;
         }
       }
     }
@@ -557,7 +562,7 @@ class BackwardBlock {
 template <class T, class C>
 __device__ void zero_slack_keys(const AttentionBackward& call, int block, int kv_head) {
   const AttentionProblem& p = call.problem;
-  if (C::kAdds) return;
+  if (C::kWide) return;
   const Span slack = span_of(p.cu_seqlens_k, p.sequences, p.total_k, p.sequences);
   const auto zero = [&](void* out, int dim) {
     for (int i = threadIdx.x; i < C::kKeys * dim / 8; i += C::kThreads) {
@@ -602,8 +607,8 @@ void backward(const AttentionBackward& call, const BackwardScratch& scratch, boo
   const BackwardParams params = {
       .call = call, .scratch = scratch, .tiles = key_tiles, .group = call.problem.heads / call.problem.kv_heads};
   dispatch<false, true>("small", small, [&](auto small_c) {
-    dispatch<false, true>("adds", call.delta != nullptr, [&](auto adds) {
-      using C = BackwardConfig<kDim, small_c && kDim != 64, adds>;
+    dispatch<false, true>("wide", call.delta != nullptr, [&](auto wide) {
+      using C = BackwardConfig<kDim, small_c && kDim != 64, wide>;
       static_assert(C::kKeys == backward_rows(kDim, small_c) && C::kQueries == turn_rows(kDim));
       static_assert(C::kSharedBytes <= (C::kSmall || kDim == 64 ? 99 * 1024 : kLargeShared));
       launch_backward<T, C>(params, places, stream);

@@ -21,6 +21,7 @@
 #include "attention/scores.cuh"
 #include "core/device/load_tile.cuh"
 #include "core/device/mma.cuh"
+#include "core/dispatch.h"
 #include "core/launch.h"
 #include "core/schedule.h"
 
@@ -28,9 +29,12 @@ namespace packseq::sm80 {
 
 // Tile shapes. 32 rows a warp halve the shared-memory traffic of K and V; larger heads have registers for 16 only.
 // Everything fits the 99 KiB of the smallest chips (sm_86, sm_89).
-template <int kDim_>
+//
+// kWide: the outputs are sums in float32, added to those of other keys (AttentionForward::sums).
+template <int kDim_, bool kWide_>
 struct ForwardConfig {
   static constexpr int kDim = kDim_;
+  static constexpr bool kWide = kWide_;
   static constexpr int kWarps = 4, kThreads = 32 * kWarps;
   static constexpr int kRowTiles = kDim <= 128 ? 2 : 1;  // of 16 rows, for each warp
   static constexpr int kQueries = 16 * kRowTiles * kWarps;
@@ -108,7 +112,7 @@ class ForwardBlock {
       copy_async_wait<0>();
       __syncthreads();
     }
-    if (call.sums) {
+    if constexpr (C::kWide) {
       add(call);
     } else {
       finish(call);
@@ -270,32 +274,44 @@ class ForwardBlock {
     }
   }
 
-  // Adds this block's sums, relative to its rows' maxima, to those of other keys, relative to powers of two.
+  // Adds this block's sums, relative to its rows' maxima, to those of other keys, relative to powers of two. These are
+  // in device memory, a microsecond away: all that a thread has of a row is asked for before the first is written.
   __device__ void add(const AttentionForward& call) const {
+    const auto row_of = [&](int m, int r) { return (int64_t(q_begin_) + query_of(m, 2 * r)) * p_.heads + head_; };
+    const auto sums_of = [&](int m, int r) { return static_cast<float2*>(call.sums) + row_of(m, r); };
+    float2 before[C::kRowTiles][2] = {};
+    float mine[C::kRowTiles][2];
 #pragma unroll
     for (int m = 0; m < C::kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        float sum = sum_[m][r];
-        sum += __shfl_xor_sync(~0u, sum, 1);
-        sum += __shfl_xor_sync(~0u, sum, 2);
-        const int query = query_of(m, 2 * r);
-        const int64_t row = (int64_t(q_begin_) + query) * p_.heads + head_;
-        float2* const sums = static_cast<float2*>(call.sums) + row;
-        const bool adds = query < facts_.mask.len_q && sum != 0.0f;
-        const float2 before = adds ? *sums : float2{};
-        __syncwarp();  // all have read what one writes
-        if (!adds) continue;
-        const float top = max_[m][r] * facts_.scores.factor, both = fmaxf(before.x, ceilf(top));
-        const float keep = exp2_approx(before.x - both), by = exp2_approx(top - both);
-        if (lane_ % 4 == 0) *sums = {both, before.y * keep + sum * by};
-        float* const out = static_cast<float*>(call.out) + row * p_.dim_v + lane_ % 4 * 2;
+        mine[m][r] = sum_[m][r];
+        mine[m][r] += __shfl_xor_sync(~0u, mine[m][r], 1);
+        mine[m][r] += __shfl_xor_sync(~0u, mine[m][r], 2);
+        if (query_of(m, 2 * r) >= facts_.mask.len_q) mine[m][r] = 0.0f;
+        if (mine[m][r] != 0.0f) before[m][r] = *sums_of(m, r);
+      }
+    }
+    __syncwarp();  // all have read what one writes
+#pragma unroll
+    for (int m = 0; m < C::kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (mine[m][r] == 0.0f) continue;
+        const float top = max_[m][r] * facts_.scores.factor, both = fmaxf(before[m][r].x, ceilf(top));
+        const float keep = exp2_approx(before[m][r].x - both), by = exp2_approx(top - both);
+        float* const out = static_cast<float*>(call.out) + row_of(m, r) * p_.dim_v + lane_ % 4 * 2;
+        const auto at = [&](int n) { return reinterpret_cast<float2*>(out + 8 * n); };
+        float2 x[kOutTiles] = {};
 #pragma unroll
         for (int n = 0; n < kOutTiles; ++n) {
-          if (8 * n >= p_.dim_v) break;
-          float2* const at = reinterpret_cast<float2*>(out + 8 * n);
-          const float2 x = keep == 0.0f ? float2{} : *at;
-          *at = {x.x * keep + out_[m][n][2 * r] * by, x.y * keep + out_[m][n][2 * r + 1] * by};
+          if (keep != 0.0f && 8 * n < p_.dim_v) x[n] = *at(n);
+        }
+        if (lane_ % 4 == 0) *sums_of(m, r) = {both, before[m][r].y * keep + mine[m][r] * by};
+#pragma unroll
+        for (int n = 0; n < kOutTiles; ++n) {
+          const float2 y = {x[n].x * keep + out_[m][n][2 * r] * by, x[n].y * keep + out_[m][n][2 * r + 1] * by};
+          if (8 * n < p_.dim_v) *at(n) = y;
         }
       }
     }
@@ -364,7 +380,7 @@ class ForwardBlock {
 template <class T, class C>
 __device__ void zero_slack(const AttentionForward& call, int block, int head) {
   const AttentionProblem& p = call.problem;
-  if (call.sums) return;
+  if (C::kWide) return;
   const Span slack = span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences);
   const int chunks = p.dim_v / 8;
   for (int i = threadIdx.x; i < C::kQueries * chunks; i += C::kThreads) {
@@ -401,10 +417,12 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
 
 template <class T, int kDim>
 void forward(const AttentionForward& call, const Tile* tiles, int64_t places, cudaStream_t stream) {
-  using C = ForwardConfig<kDim>;
-  static_assert(C::kQueries == forward_rows(kDim));
-  launch("attention forward", forward_kernel<T, C>, places * call.problem.heads, C::kThreads,
-         C::kTileBytes + sizeof(ForwardFacts), stream, {.call = call, .tiles = tiles});
+  dispatch<false, true>("wide", call.sums != nullptr, [&](auto wide) {
+    using C = ForwardConfig<kDim, wide>;
+    static_assert(C::kQueries == forward_rows(kDim));
+    launch("attention forward", forward_kernel<T, C>, places * call.problem.heads, C::kThreads,
+           C::kTileBytes + sizeof(ForwardFacts), stream, {.call = call, .tiles = tiles});
+  });
 }
 
 }  // namespace packseq::sm80

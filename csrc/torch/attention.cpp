@@ -251,9 +251,10 @@ void attention_accumulate(const Tensor& q, const Tensor& k, const Tensor& v, Ten
 template <class Backend>
 void attention_accumulate_backward(const Tensor& dout_in, const Tensor& delta_in, const Tensor& q, const Tensor& k,
                                    const Tensor& v, const Tensor& lse_in, Tensor dq, Tensor dk, Tensor dv,
-                                   const Tensor& cu_seqlens, const Tensor& cu_seqlens_k, const Tensor& positions,
-                                   bool causal, int64_t window_left, int64_t window_right, int64_t sink_tokens,
-                                   double softcap, const OptionalTensor& alibi_slopes, std::optional<double> scale) {
+                                   bool add_to_keys, const Tensor& cu_seqlens, const Tensor& cu_seqlens_k,
+                                   const Tensor& positions, bool causal, int64_t window_left, int64_t window_right,
+                                   int64_t sink_tokens, double softcap, const OptionalTensor& alibi_slopes,
+                                   std::optional<double> scale) {
   const Ready in({"attention_accumulate_backward", q, k, v, cu_seqlens, cu_seqlens_k, causal, window_left, window_right,
                   sink_tokens, softcap, alibi_slopes, std::nullopt, scale, positions});
   check_like_out(in, "dout", dout_in);
@@ -272,7 +273,8 @@ void attention_accumulate_backward(const Tensor& dout_in, const Tensor& delta_in
                         .dv = accumulator(in, "dv", dv, {v.size(0), v.size(1), v.size(2)}),
                         .dsinks = nullptr,
                         .workspace = nullptr,
-                        .delta = delta.const_data_ptr()},
+                        .delta = delta.const_data_ptr(),
+                        .add_to_keys = add_to_keys},
       q, backend);
 }
 

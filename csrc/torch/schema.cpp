@@ -14,7 +14,8 @@ STABLE_TORCH_LIBRARY(packseq, m) {
       "float softcap, Tensor? alibi_slopes, Tensor? sinks, float? scale)"
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
 
-  // The same for keys that come in parts: csrc/attention/attention.h has what sums, delta and positions are.
+  // The same for keys that come in parts: csrc/attention/attention.h has what sums, delta, add_to_keys and positions
+  // are.
   m.def(
       "attention_accumulate(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) sums, Tensor cu_seqlens, "
       "Tensor cu_seqlens_k, Tensor positions, bool causal, int window_left, int window_right, int sink_tokens, "
@@ -22,9 +23,9 @@ STABLE_TORCH_LIBRARY(packseq, m) {
       " -> ()");
   m.def(
       "attention_accumulate_backward(Tensor dout, Tensor delta, Tensor q, Tensor k, Tensor v, Tensor lse, "
-      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor cu_seqlens, Tensor cu_seqlens_k, Tensor positions, "
-      "bool causal, int window_left, int window_right, int sink_tokens, float softcap, Tensor? alibi_slopes, "
-      "float? scale)"
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, bool add_to_keys, Tensor cu_seqlens, Tensor cu_seqlens_k, "
+      "Tensor positions, bool causal, int window_left, int window_right, int sink_tokens, float softcap, "
+      "Tensor? alibi_slopes, float? scale)"
       " -> ()");
 
   // csrc/torch/scan.cpp; final_states has no rows where they are not returned, gradients are empty where their input is

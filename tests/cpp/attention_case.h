@@ -222,7 +222,7 @@ struct Reference {
 };
 
 // The same in two calls: with the first third of every sequence's keys, then with the others. What is added to starts
-// at kBefore in slack rows, which must stay.
+// at kBefore in slack rows, which must stay; other rows of dk and dv at NaN, as the first call writes them.
 struct Parts {
   static constexpr double kBefore = 7;
   std::vector<int32_t> cu_q[2], cu_k[2], positions[2];  // two sequences for each: in one of them no query
@@ -245,9 +245,8 @@ struct Parts {
         positions[part].insert(positions[part].end(), {level, 0, level, cut});
       }
     }
-    for (Tensor* x : {&out, &dq}) start(*x, a.cu_q.back());
-    for (Tensor* x : {&dk, &dv}) start(*x, a.cu_k.back());
-    start(sums, a.cu_q.back());
+    for (Tensor* x : {&out, &dq, &sums}) start(*x, a.cu_q.back());
+    for (Tensor* x : {&dk, &dv}) start(*x, a.cu_k.back(), std::nan(""));
     for (int64_t t = 0; t < a.cu_q.back(); ++t) {
       for (int h = 0; h < a.c.heads; ++h) {
         sums.set(t, h, 0, -std::numeric_limits<double>::infinity());
@@ -292,10 +291,10 @@ struct Parts {
   }
 
  private:
-  static void start(Tensor& x, int64_t rows) {
+  static void start(Tensor& x, int64_t rows, double value = 0) {
     for (int64_t t = 0; t < x.total; ++t)
       for (int64_t h = 0; h < x.heads; ++h)
-        for (int64_t d = 0; d < x.dim; ++d) x.set(t, h, d, t < rows ? 0 : kBefore);
+        for (int64_t d = 0; d < x.dim; ++d) x.set(t, h, d, t < rows ? value : kBefore);
   }
 
   // Zeros, as if the call had written them, where the slack rows are as before; else they stay NaN.

@@ -57,7 +57,8 @@ void expect_right_in_parts(const Case& c, unsigned seed) {
                         .dv = parts.dv.memory.data(),
                         .dsinks = nullptr,
                         .workspace = nullptr,
-                        .delta = parts.delta.memory.data()},
+                        .delta = parts.delta.memory.data(),
+                        .add_to_keys = i > 0},
                        threaded());
   }
   parts.finish_backward(a);

@@ -168,7 +168,8 @@ void expect_right_in_parts(const Case& c, unsigned seed) {
                           .dv = dv.data(),
                           .dsinks = nullptr,
                           .workspace = workspace.data(),
-                          .delta = delta.data()},
+                          .delta = delta.data(),
+                          .add_to_keys = i > 0},
                          nullptr);
       workspace.values();
     });

@@ -181,14 +181,15 @@ def _ring_attention_backward(dout, dlse, q, k, v, out, lse, key, group, *options
     heads = ring.heads
     gradients = [x.new_zeros(x.shape) for x in (q, k, v)]
     q, dout, lse, delta, k, v = heads.split([q, dout, lse, delta], [k, v])
-    dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
+    dq = q.new_zeros(q.shape, dtype=lse.dtype)
+    dk, dv = (x.new_empty(x.shape, dtype=lse.dtype) for x in (k, v))
     returning = None  # the gradients of the step before, on their way to whom the keys and values are
     for step, keys in ring.with_keys(k, v):
         mine = step is not None and step.shift == 0  # every row sees itself: all of them, as they stand
-        dkeys = [dk, dv] if mine else [x.new_zeros(x.shape, dtype=lse.dtype) for x in keys]
-        for call in step.calls if step and q.shape[1] else ():
+        dkeys = [dk, dv] if mine else [x.new_empty(x.shape, dtype=lse.dtype) for x in keys]
+        for i, call in enumerate(step.calls if step and q.shape[1] else ()):
             torch.ops.packseq.attention_accumulate_backward(
-                dout, delta, q, *keys, lse, dq, *dkeys, *call, *ring.options
+                dout, delta, q, *keys, lse, dq, *dkeys, i > 0, *call, *ring.options
             )
         _take_back(returning, dk, dv)
         returning = None

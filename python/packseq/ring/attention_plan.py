@@ -133,7 +133,7 @@ class _Fetch:
         diagonal = self.sharding.nth[q] - self.sharding.nth[k]
         if not mask.local:
             entries, diagonal = self._merged(entries, diagonal)
-        return [_call(entries[diagonal == i], device) for i in diagonal.unique().tolist()]
+        return [_call(entries[diagonal == i], self.total, device) for i in diagonal.unique().tolist()]
 
     def _merged(self, entries: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
         """Only the order counts: where all pairs of some runs of queries and some of keys are there, one entry takes
@@ -157,10 +157,15 @@ class _Fetch:
         return torch.cat([merged, entries[rest]]), diagonal
 
 
-def _call(entries: Tensor, device: torch.device) -> Call:
-    """Boundaries that lead over what no entry has: before each, queries that see no key, then keys that none sees."""
-    q0, q1, k0, k1 = (x.contiguous() for x in entries[entries[:, 0].argsort()][:, :4].unbind(1))
-    positions = entries[entries[:, 0].argsort()][:, 4:]
+def _call(entries: Tensor, keys: int, device: torch.device) -> Call:
+    """Boundaries that lead over what no entry has: before each, queries that see no key, then keys that none sees, and
+    such keys at the end, so that every one of them is of some sequence."""
+    entries = entries[entries[:, 0].argsort()]
+    end = torch.tensor([[0, 0, keys, keys, 0, 0]])
+    end[0, :2] = entries[-1, 1]
+    entries = torch.cat([entries, end])
+    q0, q1, k0, k1 = (x.contiguous() for x in entries[:, :4].unbind(1))
+    positions = entries[:, 4:]
     before = torch.cat([k1.new_zeros(1), k1[:-1]])
     ends_q, ends_k = torch.stack([q0, q0, q1], 1).reshape(-1), torch.stack([before, k0, k1], 1).reshape(-1)
     positions = torch.stack([positions, positions, positions], 1).reshape(-1, 2)
