@@ -66,7 +66,7 @@ AttentionBackward prepare(const Case& c, DeviceMemory& memory) {
   call.dq = memory.take<Half>(count);
   call.dk = memory.take<Half>(count);
   call.dv = memory.take<Half>(count);
-  call.workspace = memory.take<char>(int64_t(attention_backward_workspace(call.problem)));
+  call.workspace = memory.take<char>(int64_t(attention_backward_workspace(call)));
   return call;
 }
 

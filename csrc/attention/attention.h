@@ -75,7 +75,7 @@ struct AttentionBackward {
   void* dk;          // [total_k, kv_heads, dim], contiguous
   void* dv;          // [total_k, kv_heads, dim_v], contiguous
   void* dsinks;      // [heads]; nullptr where sinks is
-  void* workspace;   // CUDA only: attention_backward_workspace(problem) bytes, 256-byte aligned
+  void* workspace;   // CUDA only: attention_backward_workspace(*this) bytes, 256-byte aligned
 
   // Not nullptr: [total_q, heads], rowsum(dout * out) - dlse. dq, dk and dv are of the statistics' type: dq is added
   // to, dk and dv are where `add_to_keys` says so, and else written. lse is that of all keys. out, dlse, sinks and
@@ -90,7 +90,7 @@ void attention_backward(const AttentionBackward&, const Executor&);
 #if PACKSEQ_HAS_CUDA
 // On the GPU, rows of q, k, v and dout start at 16-byte boundaries: data, token and head strides are multiples of 16 B.
 size_t attention_forward_workspace(const AttentionProblem&);
-size_t attention_backward_workspace(const AttentionProblem&);
+size_t attention_backward_workspace(const AttentionBackward&);  // whatever its workspace is
 void attention_forward(const AttentionForward&, cudaStream_t);
 void attention_backward(const AttentionBackward&, cudaStream_t);
 #endif

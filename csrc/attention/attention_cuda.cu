@@ -58,17 +58,20 @@ struct BackwardWorkspace {
   float *lse, *delta;
   TileList keys;
   TileList queries;  // float32 only
-  float* dq;         // half types only, like turns
+  float* dq;         // half types only, like turns, and where dq leaves in the tensors' type
   int* turns;
   int64_t turn_count;
 
-  BackwardWorkspace(const AttentionProblem& p, void* base)
-      : pieces(base),
+  explicit BackwardWorkspace(const AttentionBackward& call) : BackwardWorkspace(call, call.problem) {}
+
+ private:
+  BackwardWorkspace(const AttentionBackward& call, const AttentionProblem& p)
+      : pieces(call.workspace),
         lse(pieces.take<float>(p.heads * p.total_q)),
         delta(pieces.take<float>(p.heads * p.total_q)),
         keys(take_tiles(pieces, p, p.total_k, is_half(p) ? sm80::backward_rows(padded_dim(p), small) : kF32Rows)),
         queries(take_tiles(pieces, p, is_half(p) ? 0 : p.total_q, kF32Rows)),
-        dq(pieces.take<float>(is_half(p) ? p.heads * p.total_q * padded_dim(p) : 0)),
+        dq(pieces.take<float>(is_half(p) && !call.delta ? p.heads * p.total_q * padded_dim(p) : 0)),
         turn_count(is_half(p) ? p.heads * sm80::turn_slots(p, padded_dim(p)) : 0) {
     turns = pieces.take<int>(turn_count);
   }
@@ -120,7 +123,7 @@ void row_statistics(const RowStatistics& rows, cudaStream_t stream) {
 }  // namespace
 
 size_t attention_forward_workspace(const AttentionProblem& p) { return ForwardWorkspace(p, nullptr).pieces.used(); }
-size_t attention_backward_workspace(const AttentionProblem& p) { return BackwardWorkspace(p, nullptr).pieces.used(); }
+size_t attention_backward_workspace(const AttentionBackward& call) { return BackwardWorkspace(call).pieces.used(); }
 
 void attention_forward(const AttentionForward& call, cudaStream_t stream) {
   const AttentionProblem& p = call.problem;
@@ -134,7 +137,7 @@ void attention_forward(const AttentionForward& call, cudaStream_t stream) {
 
 void attention_backward(const AttentionBackward& call, cudaStream_t stream) {
   const AttentionProblem& p = call.problem;
-  const BackwardWorkspace work(p, call.workspace);
+  const BackwardWorkspace work(call);
   const RowStatistics rows = {
       .call = call, .lse = work.lse, .delta = work.delta, .turns = work.turns, .turn_count = work.turn_count};
   list_keys(work.keys, p, stream);
@@ -149,6 +152,7 @@ void attention_backward(const AttentionBackward& call, cudaStream_t stream) {
       row_statistics<T>(rows, stream);
       const sm80::BackwardScratch scratch = {.lse = work.lse, .delta = work.delta, .dq = work.dq, .turns = work.turns};
       sm80::backward<T, dim>(call, scratch, work.small, work.keys.tiles, work.keys.places, stream);
+      if (call.delta) return;
       launch("attention dq", store_dq_kernel<T>, divide_up(p.heads * p.total_q * (dim / 16), kRowThreads), kRowThreads,
              0, stream, {.call = call, .lse = work.lse, .dq = work.dq, .padded_dim = dim});
     });

@@ -27,7 +27,7 @@ void forward(const AttentionForward&, const Tile* tiles, int64_t places, cudaStr
 struct BackwardScratch {
   const float* lse;    // [heads, total_q], times log2(e); +inf for rows that see no key
   const float* delta;  // [heads, total_q], rowsum(dout * out) - dlse
-  float* dq;           // [heads, total_q, kDim], float32, a row's columns as write_dq() orders them
+  float* dq;           // [heads, total_q, kDim], float32, a row's columns as write_dq() orders them; not with a delta
   int* turns;          // [heads, turn_slots()], zeros: key blocks that have added to a query block of dq
 };
 

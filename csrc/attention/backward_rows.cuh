@@ -28,11 +28,11 @@ __device__ inline int64_t sequence_of(const AttentionProblem& p, int64_t row) {
   return low;
 }
 
-// Whether a row sees any key. Its lse tells, unless a sink or the keys of other calls hold that up.
+// Whether a row sees any key. Its lse tells, unless a sink holds that up.
 __device__ inline bool sees_key(const AttentionBackward& call, int64_t row, float lse) {
   const AttentionProblem& p = call.problem;
   if (lse == -INFINITY) return false;
-  if (!p.sinks && !call.delta) return true;
+  if (!p.sinks) return true;
   const int64_t i = sequence_of(p, row);
   const Span q = span_of(p.cu_seqlens_q, p.sequences, p.total_q, i);
   const Mask mask(p, i, q.size(), span_of(p.cu_seqlens_k, p.sequences, p.total_k, i).size());
@@ -128,15 +128,13 @@ __global__ void sinks_gradient_kernel(const __grid_constant__ RowStatistics para
   if (threadIdx.x == 0) static_cast<float*>(params.call.dsinks)[head] = sums[0];
 }
 
-// The float32 sums of dQ, columns in write_dq()'s order, to scale * dQ in the tensors' type, or added in float32.
+// The float32 sums of dQ, columns in write_dq()'s order, to scale * dQ in the tensors' type.
 struct StoreDq {
   AttentionBackward call;
   const float* lse;  // RowStatistics's: rows that see no key were never summed
   const float* dq;   // [heads, total_q, padded_dim]
   int padded_dim;
 };
-
-__device__ inline void add_to(float2* at, float2 x) { *at = {at->x + x.x, at->y + x.y}; }
 
 // A thread moves 16 columns of a row.
 template <class T>
@@ -156,16 +154,6 @@ __global__ void __launch_bounds__(kRowThreads) store_dq_kernel(const __grid_cons
   const float4* sums = reinterpret_cast<const float4*>(params.dq + head_row * params.padded_dim + col);
   const float scale = float(p.scale);
   const int64_t at = (row * p.heads + head) * p.dim + col;
-  if (params.call.delta) {
-    float2* const to = reinterpret_cast<float2*>(static_cast<float*>(params.call.dq) + at);
-#pragma unroll
-    for (int t = 0; t < 4 && summed; ++t) {
-      const float4 x = sums[t];
-      add_to(to + t, {x.x * scale, x.y * scale});
-      if (col + 8 < p.dim) add_to(to + 4 + t, {x.z * scale, x.w * scale});
-    }
-    return;
-  }
   if (summed) {
     uint32_t lows[4], highs[4];
 #pragma unroll

@@ -443,11 +443,14 @@ class BackwardBlock {
         [&](auto& b, int k, int n) {
           load_matrix_x4_transposed(b, fragment<typename C::KeyTile>(shared_k_, b_part, 16 * k, col0 / 16 + n));
         });
-    if (v.turn == 0) {
+    if constexpr (C::kWide) {
+      while (turn < v.turn) turn = look_at(turns);
+      add_dq(dq, v, row0, col0);
+    } else if (v.turn == 0) {
       write_dq(dq, v, row0, col0, [](float4* at, float4 x) { *at = x; });
     } else {
       while (turn < v.turn) turn = look_at(turns);
-      write_dq(dq, v, row0, col0, add_global);
+      write_dq(dq, v, row0, col0, [](float4* at, float4 x) { add_global(at, x); });
     }
   }
 
@@ -466,6 +469,28 @@ class BackwardBlock {
         for (int n = 0; n < kTiles; n += 2) {
           const float4 x = {dq[m][n][2 * r], dq[m][n][2 * r + 1], dq[m][n + 1][2 * r], dq[m][n + 1][2 * r + 1]};
           if (query < facts_.mask.len_q) write(row + 2 * n, x);
+        }
+      }
+    }
+  }
+
+  // To what the call's dQ holds, in its own order.
+  template <int kRowTiles, int kTiles>
+  __device__ void add_dq(const float (&dq)[kRowTiles][kTiles][4], Visit v, int row0, int col0) const {
+    const float scale = float(p_.scale);
+    const int first = v.block * C::kQueries + row0 + lane_ / 4, col = col0 + lane_ % 4 * 2;
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int query = first + 16 * m + 8 * r;
+        if (query >= facts_.mask.len_q) continue;
+        float* const row =
+            static_cast<float*>(params_.call.dq) + ((int64_t(q_begin_) + query) * p_.heads + head_of(v)) * p_.dim + col;
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n) {
+          const float2 x = {dq[m][n][2 * r] * scale, dq[m][n][2 * r + 1] * scale};
+          if (col + 8 * n < p_.dim) add_global(reinterpret_cast<float2*>(row + 8 * n), x);
         }
       }
     }

@@ -148,7 +148,7 @@ void run(const AttentionForward& call, const Tensor& like, const Cuda& on) {
   run_in_workspace(call, attention_forward_workspace(call.problem), like, on, attention_forward);
 }
 void run(const AttentionBackward& call, const Tensor& like, const Cuda& on) {
-  run_in_workspace(call, attention_backward_workspace(call.problem), like, on, attention_backward);
+  run_in_workspace(call, attention_backward_workspace(call), like, on, attention_backward);
 }
 #endif
 

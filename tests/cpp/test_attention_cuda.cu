@@ -85,18 +85,22 @@ struct OnGpu {
 
   void backward() const {
     const AttentionProblem p = problem();
-    const Bytes workspace(int64_t(attention_backward_workspace(p)));
-    attention_backward({.problem = p,
-                        .dout = dout.packed(),
-                        .out = out.data(),
-                        .lse = lse.data(),
-                        .dlse = a.c.dlse ? dlse.memory.data() : nullptr,
-                        .dq = dq.data(),
-                        .dk = dk.data(),
-                        .dv = dv.data(),
-                        .dsinks = a.c.sinks ? dsinks.data() : nullptr,
-                        .workspace = workspace.data()},
-                       nullptr);
+    run({.problem = p,
+         .dout = dout.packed(),
+         .out = out.data(),
+         .lse = lse.data(),
+         .dlse = a.c.dlse ? dlse.memory.data() : nullptr,
+         .dq = dq.data(),
+         .dk = dk.data(),
+         .dv = dv.data(),
+         .dsinks = a.c.sinks ? dsinks.data() : nullptr,
+         .workspace = nullptr});
+  }
+
+  static void run(AttentionBackward call) {
+    const Bytes workspace(int64_t(attention_backward_workspace(call)));
+    call.workspace = workspace.data();
+    attention_backward(call, nullptr);
     workspace.values();
   }
 
@@ -157,21 +161,18 @@ void expect_right_in_parts(const Case& c, unsigned seed) {
   const Bytes lse(bytes_of(a.lse)), delta(bytes_of(parts.delta));
   for (int i : {0, 1}) {
     with_part(i, [&](const AttentionProblem& p) {
-      const Bytes workspace(int64_t(attention_backward_workspace(p)));
-      attention_backward({.problem = p,
-                          .dout = gpu.dout.packed(),
-                          .out = nullptr,
-                          .lse = lse.data(),
-                          .dlse = nullptr,
-                          .dq = dq.data(),
-                          .dk = dk.data(),
-                          .dv = dv.data(),
-                          .dsinks = nullptr,
-                          .workspace = workspace.data(),
-                          .delta = delta.data(),
-                          .add_to_keys = i > 0},
-                         nullptr);
-      workspace.values();
+      OnGpu::run({.problem = p,
+                  .dout = gpu.dout.packed(),
+                  .out = nullptr,
+                  .lse = lse.data(),
+                  .dlse = nullptr,
+                  .dq = dq.data(),
+                  .dk = dk.data(),
+                  .dv = dv.data(),
+                  .dsinks = nullptr,
+                  .workspace = nullptr,
+                  .delta = delta.data(),
+                  .add_to_keys = i > 0});
     });
   }
   download(parts.dq, dq), download(parts.dk, dk), download(parts.dv, dv);

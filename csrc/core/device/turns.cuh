@@ -37,7 +37,7 @@ __device__ __forceinline__ void await_turn(const int* counter, int turn) {
   __syncwarp();
 }
 
-// Adds four floats to global memory, each exactly once; nobody waits for the outcome.
+// Adds floats to global memory, each exactly once; nobody waits for the outcome.
 __device__ __forceinline__ void add_global(float4* address, float4 x) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w)
@@ -47,6 +47,15 @@ __device__ __forceinline__ void add_global(float4* address, float4 x) {
   atomicAdd(&address->y, x.y);
   atomicAdd(&address->z, x.z);
   atomicAdd(&address->w, x.w);
+#endif
+}
+
+__device__ __forceinline__ void add_global(float2* address, float2 x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(address), "f"(x.x), "f"(x.y) : "memory");
+#else
+  atomicAdd(&address->x, x.x);
+  atomicAdd(&address->y, x.y);
 #endif
 }
 
