@@ -13,7 +13,8 @@
 //
 // dQ is summed over the key blocks in float32 global memory. The blocks take turns in ascending order of keys, counted
 // by an integer a query block; they walk down from the last queries, so under a causal mask, where early keys have most
-// to do, nobody waits but in the first few steps. Whoever is first stores instead of adding: nothing is cleared.
+// to do, nobody waits but in the first few steps. Whoever is first stores instead of adding: nothing is cleared. Where
+// keys come in parts, all add, to what the caller has.
 #pragma once
 #include <climits>
 
