@@ -149,16 +149,33 @@ def test_sequences_spread_over_some_ranks(world):
     check(world, [30, 50, 77, 1], torch.float32, (2, 2, 16, 16), MASKS["causal"], {"spans": spans})
 
 
+def each_its_own(world: int) -> dict:
+    """Of five sequences: the ranks each is spread over, and how many of them share a shard; some ranks have several."""
+    half = world // 2
+    spans = [(0, world), (half, half), (0, half), (0, world), (world - 2, 2)]
+    return {"spans": spans, "ulysses": [2, 1, half, 1, 2]}
+
+
+@pytest.mark.parametrize("world", [2, 4, 8])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("mask", ["causal", "everything"])
+def test_sequences_with_their_own_ranks_and_shards(world, heads, mask):
+    check(world, [70, 50, 77, 3, 20], torch.float32, (*heads, 16, 8), MASKS[mask], each_its_own(world))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("mask", ["causal", "everything", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("ulysses", [1, 2])
+@pytest.mark.parametrize("ulysses", [1, 2, "own"])
 def test_over_nccl(world, mask, dtype, ulysses):
-    check(world, [700, 0, 91, 333, 1], dtype, (8, 2, 64, 64), MASKS[mask], {"ulysses": ulysses}, "cuda")
+    spread = each_its_own(world) if ulysses == "own" else {"ulysses": ulysses}
+    check(world, [700, 0, 91, 333, 1], dtype, (8, 2, 64, 64), MASKS[mask], spread, "cuda")
 
 
-@pytest.mark.parametrize("spread", [{"layout": "zigzag"}, {"layout": "contiguous"}, {"ulysses": 2}], ids=str)
+@pytest.mark.parametrize(
+    "spread", [{"layout": "zigzag"}, {"layout": "contiguous"}, {"ulysses": 2}, {"ulysses": [1, 4, 2]}], ids=str
+)
 def test_the_same_bits_every_time(spread):
     arguments = 4, [130, 9, 61], torch.bfloat16, (4, 2, 16, 16), MASKS["everything"], spread
     for name, x, y in zip(NAMES, on_ranks(*arguments), on_ranks(*arguments), strict=True):

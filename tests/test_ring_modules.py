@@ -63,17 +63,19 @@ def test_a_mesh_of_one_dimension_is_its_group():
 def planned(group, rank: int) -> list[list[Tensor]]:
     """This rank's rows of q, and what attention gives them, for every micro-step of a plan."""
     step = []
-    for lengths, spans in micro_steps(group.size()):
-        sharding = shard(boundaries(lengths), group.size(), spans=spans)
+    for lengths, spread in micro_steps(group.size()):
+        sharding = shard(boundaries(lengths), group.size(), **spread)
         q, k, v = (sharding.shard(x, rank) for x in torch.randn(3, sum(lengths), 2, 8, generator=seeded()))
         step.append([sharding.rows(rank), ring_attention(q, k, v, sharding, group, causal=True)])
     return step
 
 
-def micro_steps(world: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    lengths = [400, 10, 30, 5, 77, 20, 64, 1]
-    made = plan(lengths, world, CostModel(1e-6, 1e-7, token_bytes=1, memory_bytes=140))
-    return [([lengths[i] for i in step.sequences], step.spans) for step in made.steps]
+def micro_steps(world: int) -> list[tuple[list[int], dict]]:
+    lengths = [400, 10, 30, 5, 77, 20, 64, 1, 130]
+    made = plan(lengths, world, CostModel(1e-6, 1e-7, token_bytes=1, memory_bytes=200, all_to_all_ranks=2))
+    return [
+        ([lengths[i] for i in step.sequences], {"spans": step.spans, "ulysses": step.ulysses}) for step in made.steps
+    ]
 
 
 def seeded() -> torch.Generator:
@@ -83,7 +85,8 @@ def seeded() -> torch.Generator:
 def test_what_the_planner_plans_is_what_sharding_takes():
     pytest.importorskip("scipy")
     steps = micro_steps(4)
-    assert len({span for _, spans in steps for span in spans}) > 2
+    assert len({span for _, spread in steps for span in spread["spans"]}) > 2
+    assert any(len(set(spread["ulysses"])) > 1 for _, spread in steps)
     for parts, (lengths, _) in zip(zip(*ranks().run(planned, 4), strict=True), steps, strict=True):
         q, k, v = torch.randn(3, sum(lengths), 2, 8, generator=seeded())
         expected = packseq.attention(q, k, v, boundaries(lengths), causal=True)

@@ -195,6 +195,13 @@ def test_long_sequences(world, layout, dtype):
     check(LongConvCase("ring", LONG, 4, dtype, 4, True, True, True), world, spread)
 
 
+def test_sequences_with_their_own_ranks_and_shards():
+    spread = {"spans": [(0, 4), (2, 2), (0, 2), (0, 4), (2, 1)], "ulysses": [2, 1, 2, 1, 1]}
+    check(ScanCase("ring", LONG, 16, torch.float32, 8, **EVERYTHING), 4, spread)
+    check(ConvCase("ring", LONG, 4, torch.float32, 8, True, True, True), 4, spread)
+    check(LongConvCase("ring", LONG, 4, torch.float32, 4, True, True, True), 4, spread)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])

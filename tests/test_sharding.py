@@ -9,7 +9,16 @@ from packseq.ring import shard
 
 LENGTHS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 200)), max_size=8)
 LAYOUTS = st.sampled_from(["zigzag", "contiguous"])
-SPREADS = st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (2, 2), (4, 2), (6, 3), (8, 4), (8, 8)])
+SPREADS = st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 1), (8, 1), (2, 2), (4, 2), (6, 3), (8, 4), (8, 8), (8, 0)])
+
+
+def spread_over(world: int, ulysses: int, lengths: list[int], layout: str) -> dict:
+    """Options of shard; 0: every sequence its own ranks and number of ranks a shard."""
+    if ulysses or layout == "contiguous":
+        return {"layout": layout, "ulysses": ulysses or 1}
+    kinds = [((0, world), 2), ((0, world // 2), 1), ((world // 2, world // 2), world // 2), ((2, 2), 2), ((1, 2), 1)]
+    spans, widths = zip(*(kinds[i % len(kinds)] for i in range(len(lengths))), strict=True) if lengths else ((), ())
+    return {"spans": spans, "ulysses": widths}
 
 
 def boundaries(lengths: list[int]) -> torch.Tensor:
@@ -20,18 +29,19 @@ def boundaries(lengths: list[int]) -> torch.Tensor:
 @given(LENGTHS, LAYOUTS, SPREADS)
 def test_every_row_is_somewhere_once(lengths, layout, spread):
     world, ulysses = spread
-    sharding = shard(boundaries(lengths), world, layout, ulysses=ulysses)
+    sharding = shard(boundaries(lengths), world, **spread_over(world, ulysses, lengths, layout))
     rows = torch.cat([sharding.rows(rank) for rank in range(world)])
     assert sorted(rows.tolist()) == list(range(sum(lengths)))
     assert sharding.sizes == [len(sharding.rows(rank)) for rank in range(world)]
-    assert max(sharding.sizes) - min(sharding.sizes) <= (2 if ulysses > 1 and layout == "zigzag" else 1)
+    if ulysses or layout == "contiguous":
+        assert max(sharding.sizes) - min(sharding.sizes) <= (2 if ulysses > 1 and layout == "zigzag" else 1)
 
 
 @settings(max_examples=100, deadline=None)
 @given(LENGTHS, LAYOUTS, SPREADS)
 def test_shard_and_unshard(lengths, layout, spread):
     world, ulysses = spread
-    sharding = shard(boundaries(lengths), world, layout, ulysses=ulysses)
+    sharding = shard(boundaries(lengths), world, **spread_over(world, ulysses, lengths, layout))
     x = torch.arange(sum(lengths) + 3)[:, None] * torch.tensor([1, -1])
     parts = [sharding.shard(x, rank) for rank in range(world)]
     slack = torch.full((2, 2), 7)
@@ -43,7 +53,7 @@ def test_shard_and_unshard(lengths, layout, spread):
 def test_positions_and_boundaries_are_those_of_the_rows(lengths, layout, spread):
     world, ulysses = spread
     cu_seqlens = boundaries(lengths)
-    sharding = shard(cu_seqlens, world, layout, ulysses=ulysses)
+    sharding = shard(cu_seqlens, world, **spread_over(world, ulysses, lengths, layout))
     sequences = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
     for rank in range(world):
         rows, positions = sharding.rows(rank), sharding.positions(rank)
@@ -85,10 +95,14 @@ def test_spans_keep_sequences_on_their_ranks():
         (([1, 2], 2), {}, "cu_seqlens must be"),
         (([0, 5, 3], 2), {}, "cu_seqlens must be"),
         (([], 2), {}, "cu_seqlens must be"),
-        (([0, 5], 0), {}, "ulysses must divide world, got 1 and 0"),
-        (([0, 5], 4), {"ulysses": 3}, "ulysses must divide world, got 3 and 4"),
+        (([0, 5], 0), {}, "ulysses must divide world, for all or each of 1 sequences, got 1 and 0"),
+        (([0, 5], 4), {"ulysses": 3}, "ulysses must divide world, .* got 3 and 4"),
+        (([0, 5], 4), {"ulysses": [2, 1]}, r"ulysses must divide world, .* got \[2, 1\] and 4"),
+        (([0, 5, 9], 4), {"ulysses": [2, 3]}, r"ulysses must divide world, .* got \[2, 3\] and 4"),
+        (([0, 5], 4), {"ulysses": 2, "spans": [(1, 2)]}, r"spans must be multiples of ulysses, got \[\(1, 2\)\] and"),
         (([0, 5], 4, "striped"), {}, "layout must be"),
-        (([0, 5], 4, "contiguous"), {"spans": [(0, 1)]}, "spans must be None"),
+        (([0, 5], 4, "contiguous"), {"spans": [(0, 1)]}, "spans must be None and ulysses one number"),
+        (([0, 5], 4, "contiguous"), {"ulysses": [1]}, "spans must be None and ulysses one number"),
         (([0, 5], 4), {"spans": [(0, 5)]}, r"spans must be 1 pairs .* among 4, got \[\(0, 5\)\]"),
         (([0, 5], 4), {"spans": []}, "spans must be 1 pairs"),
     ],

@@ -2,8 +2,8 @@
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from math import ceil, inf
+from dataclasses import dataclass, replace
+from math import ceil, gcd, inf
 
 try:
     import numpy as np
@@ -20,6 +20,7 @@ class Problem:
 
     ranks: int
     sizes: tuple[int, ...]
+    ulysses: list[int]  # [size] ranks of a group that share a shard
     overhead: list[float]  # [size] seconds of a group
     room: list[float]  # [size] tokens of a group
     sequences: np.ndarray  # [n] positions in the lengths
@@ -33,6 +34,7 @@ class Problem:
         sequences = np.argsort(-tokens, kind="stable")
         tokens = tokens[sequences]
         work = np.array([model.work(tokens, size) for size in sizes])
+        ulysses = [gcd(model.all_to_all_ranks, size) for size in sizes]
         overhead = [model.overhead(size) for size in sizes]
         room = [size * model.tokens_per_rank for size in sizes]
         if len(lengths) and tokens[0] > room[-1]:
@@ -42,12 +44,12 @@ class Problem:
             )
         fits = tokens <= np.array(room)[:, None]
         alone = np.where(fits, np.array(overhead)[:, None] + work.max(1), inf)
-        return cls(ranks, sizes, overhead, room, sequences, tokens, work, alone)
+        return cls(ranks, sizes, ulysses, overhead, room, sequences, tokens, work, alone)
 
     def part(self, chosen: np.ndarray) -> "Problem":
         """Some of the sequences, still longest first."""
-        picked = (x[..., chosen] for x in (self.sequences, self.tokens, self.work, self.alone))
-        return Problem(self.ranks, self.sizes, self.overhead, self.room, *picked)
+        picked = {name: getattr(self, name)[..., chosen] for name in ("sequences", "tokens", "work", "alone")}
+        return replace(self, **picked)
 
     @property
     def rank_seconds(self) -> np.ndarray:

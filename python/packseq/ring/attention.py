@@ -40,8 +40,8 @@ def ring_attention(
     about half, and windows and whole sequences leave steps out on both ends. Of grouped heads the keys' and values'
     travel, once. Results of the steps are added up in float32 (float64 for float64), always in the same order.
 
-    Where the sharding has ``ulysses`` ranks a shard, these exchange rows for heads before and after, so that each has
-    all of the shard's rows and a part of the heads (as even as there are heads; some have none where there are fewer).
+    Where a sequence has ``ulysses`` ranks a shard, these exchange rows for heads before and after, so that each has all
+    of the shard's rows and a part of the heads (as even as there are heads; some have none where there are fewer).
 
     Args:
         q: this rank's rows, ``[rows, heads, dim]``, as :meth:`Sharding.shard` deals them out; more are slack.
@@ -71,34 +71,19 @@ def ring_attention(
 
 
 class _Ring:
-    """One call's plan and options: what both directions share."""
+    """One part of the sequences: its plan and the options, what both directions share."""
 
-    def __init__(self, q, k, v, key, group, causal, left, right, sink_tokens, softcap, alibi_slopes, sinks, scale):
-        sharding, self.group = Sharding.of(key), group_of(group)
-        rank = self.group.rank()
-        if self.group.size() != sharding.world:
-            raise ValueError(
-                f"ring_attention: group must have the sharding's {sharding.world} ranks, got {self.group.size()}"
-            )
-        for name, x in (("q", q), ("k", k), ("v", v)):
-            if x.dim() != 3 or x.shape[0] < sharding.sizes[rank]:
-                raise ValueError(
-                    f"ring_attention: {name} must be [rows, heads, dim] with at least this rank's "
-                    f"{sharding.sizes[rank]} rows, got shape {list(x.shape)}"
-                )
-        self.rows = sharding.sizes[rank]
-        self.heads = Heads(sharding, self.group, q.shape[1], k.shape[1])
-        self.width = sharding.ulysses
+    def __init__(self, part, group, q, k, causal, left, right, sink_tokens, softcap, alibi_slopes, sinks, scale):
+        self.group, self.width = group, part.ulysses
+        self.heads = Heads(part, group, q.shape[1], k.shape[1])
         mask = Mask(causal, left, right, sink_tokens, alibi_slopes is not None)
-        ring = sharding.ring
-        self.steps = ring.cached(
-            (mask, rank // self.width, q.device),
-            lambda: attention_plan(ring, mask, rank // self.width, q.device),
+        self.world, self.rank = part.shards.world, group.rank()
+        self.steps = part.shards.cached(
+            (mask, self.rank // self.width, q.device),
+            lambda: attention_plan(part.shards, mask, self.rank // self.width, q.device),
         )
-        self.world, self.rank = ring.world, rank
-        if needs_communicator(q.device, self.group):
-            communicator(self.group)
         slopes = None if alibi_slopes is None else alibi_slopes[self.heads.of_q]
+        self.sinks = None if sinks is None else sinks[self.heads.of_q]
         scale = q.shape[2] ** -0.5 if scale is None else scale
         self.options = (causal, left, right, sink_tokens, softcap, slopes, scale)
 
@@ -140,16 +125,48 @@ def some_rows(x: Tensor, rows: slice | Tensor) -> Tensor:
     return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
+def _put_rows(x: Tensor, rows: slice | Tensor, values: Tensor) -> None:
+    if isinstance(rows, slice):
+        x[rows] = values
+    else:
+        x.index_copy_(0, rows, values.to(x.dtype))
+
+
+def _parts(
+    q: Tensor, k: Tensor, v: Tensor, key: Tensor, group: str, options: tuple
+) -> tuple[int, list[tuple[_Ring, slice | Tensor]]]:
+    """How many rows this rank has, and which of them each part's are."""
+    sharding, group = Sharding.of(key), group_of(group)
+    rank = group.rank()
+    if group.size() != sharding.world:
+        raise ValueError(f"ring_attention: group must have the sharding's {sharding.world} ranks, got {group.size()}")
+    size = sharding.sizes[rank]
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3 or x.shape[0] < size:
+            raise ValueError(
+                f"ring_attention: {name} must be [rows, heads, dim] with at least this rank's {size} rows, "
+                f"got shape {list(x.shape)}"
+            )
+    if needs_communicator(q.device, group):
+        communicator(group)
+    return size, [(_Ring(part, group, q, k, *options), part.rows(rank, sharding, q.device)) for part in sharding.parts]
+
+
 def _ring_attention(q, k, v, key, group, *options):
-    ring = _Ring(q, k, v, key, group, *options)
-    sinks = options[-2]
+    size, parts = _parts(q, k, v, key, group, options)
     statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     lse = q.new_zeros(q.shape[:2], dtype=statistics)
-    out[ring.rows :] = 0
+    out[size:] = 0
+    for ring, rows in parts:
+        for whole, part in zip((out, lse), _forward(ring, *(some_rows(x, rows) for x in (q, k, v))), strict=True):
+            _put_rows(whole, rows, part)
+    return out, lse
 
-    heads = ring.heads
-    q, k, v = heads.split([q], [k, v])
+
+def _forward(ring: _Ring, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    statistics = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = ring.heads.split([q], [k, v])
     sums = q.new_zeros(*q.shape[:2], 2, dtype=statistics)
     sums[..., 0] = -math.inf
     total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=statistics)  # of rows that see no key, too
@@ -157,30 +174,36 @@ def _ring_attention(q, k, v, key, group, *options):
         for call in step.calls if step and q.shape[1] else ():
             torch.ops.packseq.attention_accumulate(q, *keys, total, sums, *call, *ring.options)
     level, weight = sums.unbind(2)
-    mine = level * math.log(2) + weight.log()
-    if sinks is not None:
-        sink = sinks[heads.of_q]
-        mine, weight = torch.logaddexp(mine, sink), weight + torch.exp2(sink * (1 / math.log(2)) - level)
+    lse = level * math.log(2) + weight.log()
+    if ring.sinks is not None:
+        lse, weight = torch.logaddexp(lse, ring.sinks), weight + torch.exp2(ring.sinks * (1 / math.log(2)) - level)
     weight = weight.masked_fill(sums[..., 1] == 0, 1)[..., None]  # no key: zeros as they are
     total = torch.div(total, weight, out=total.new_empty(0, dtype=q.dtype))  # in one pass
-    heads.join([total, mine], [], [out, lse])
-    return out, lse
+    return ring.heads.join([total, lse])
 
 
 def _ring_attention_backward(dout, dlse, q, k, v, out, lse, key, group, *options):
-    ring = _Ring(q, k, v, key, group, *options)
+    size, parts = _parts(q, k, v, key, group, options)
     sinks = options[-2]
     delta = (dout * out.to(lse.dtype)).sum(2)
     if dlse is not None:
         delta -= dlse
     dsinks = lse.new_empty(0)
     if sinks is not None:
-        seen = lse[: ring.rows] > -math.inf
-        dsinks = -(torch.where(seen, (sinks - lse[: ring.rows]).exp() * delta[: ring.rows], 0)).sum(0)
-
-    heads = ring.heads
+        seen = lse[:size] > -math.inf
+        dsinks = -(torch.where(seen, (sinks - lse[:size]).exp() * delta[:size], 0)).sum(0)
     gradients = [x.new_zeros(x.shape) for x in (q, k, v)]
-    q, dout, lse, delta, k, v = heads.split([q, dout, lse, delta], [k, v])
+    for ring, rows in parts:
+        found = _backward_of(ring, *(some_rows(x, rows) for x in (dout, delta, q, k, v, lse)))
+        for whole, part in zip(gradients, found, strict=True):
+            _put_rows(whole, rows, part)
+    return *gradients, dsinks
+
+
+def _backward_of(
+    ring: _Ring, dout: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor
+) -> list[Tensor]:
+    q, dout, lse, delta, k, v = ring.heads.split([q, dout, lse, delta], [k, v])
     dq = q.new_zeros(q.shape, dtype=lse.dtype)
     dk, dv = (x.new_empty(x.shape, dtype=lse.dtype) for x in (k, v))
     returning = None  # the gradients of the step before, on their way to whom the keys and values are
@@ -197,8 +220,7 @@ def _ring_attention_backward(dout, dlse, q, k, v, out, lse, key, group, *options
             arriving = [x.new_empty(step.sends, *x.shape[1:]) for x in dkeys]
             returning = ring.transfer(dkeys, arriving, -step.shift, "their gradients"), step.send, arriving
     _take_back(returning, dk, dv)
-    heads.join([dq], [dk, dv], gradients)
-    return *gradients, dsinks
+    return ring.heads.join([dq], [dk, dv])
 
 
 def _take_back(returning: tuple[Transfer, slice | Tensor, list[Tensor]] | None, dk: Tensor, dv: Tensor) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .exchange import run
-from .sharding import Sharding
+from .sharding import Part
 
 
 class Heads:
@@ -17,11 +17,11 @@ class Heads:
     there are fewer: then some key and value heads go to several ranks.
     """
 
-    def __init__(self, sharding: Sharding, group: ProcessGroup, heads: int, kv_heads: int):
-        self.group, self.width = group, sharding.ulysses
+    def __init__(self, part: Part, group: ProcessGroup, heads: int, kv_heads: int):
+        self.group, self.width = group, part.ulysses
         shard, self.mine = divmod(group.rank(), self.width)
         self.peers = range(shard * self.width, (shard + 1) * self.width)
-        self.rows = [sharding.sizes[peer] for peer in self.peers]
+        self.rows = [part.ranks.sizes[peer] for peer in self.peers]
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(f"ring_attention: k must have a number of heads that divides q's {heads}, got {kv_heads}")
         group_size = heads // kv_heads
@@ -39,7 +39,7 @@ class Heads:
 
     def split(self, of_q: Sequence[Tensor], of_kv: Sequence[Tensor]) -> list[Tensor]:
         """All of the shard's rows, of this rank's heads."""
-        tensors = [x[: self.rows[self.mine]] for x in (*of_q, *of_kv)]
+        tensors = [*of_q, *of_kv]
         if self.width == 1:
             return tensors
         parts = [*[self.q_parts] * len(of_q), *[self.kv_parts] * len(of_kv)]
@@ -54,14 +54,12 @@ class Heads:
             results[len(of_q) :] = [x[:, self.kv_of_q] for x in results[len(of_q) :]]
         return results
 
-    def join(self, of_q: Sequence[Tensor], of_kv: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-        """The way back, into this rank's rows of `outs`. What came from several ranks is added up."""
+    def join(self, of_q: Sequence[Tensor], of_kv: Sequence[Tensor] = ()) -> list[Tensor]:
+        """The way back: this rank's rows, of all heads. What came from several ranks is added up."""
         rows = self.rows[self.mine]
         tensors = [*of_q, *map(self._of_groups, of_kv)]
         if self.width == 1:
-            for x, out in zip(tensors, outs, strict=True):
-                out[:rows] = x
-            return
+            return tensors
         parts = [*[self.q_parts] * len(of_q), *[self.kv_parts] * len(of_kv)]
         arriving, sends, receives = [], [], []
         for x, part in zip(tensors, parts, strict=True):
@@ -69,11 +67,12 @@ class Heads:
             sends += [(y.contiguous(), peer) for y, peer in zip(x.split(self.rows), self.peers, strict=True)]
             receives += zip(arriving[-1], self.peers, strict=True)
         run(sends, receives, self.group, "heads for rows")
-        for part, arrived, out in zip(parts, arriving, outs, strict=True):
-            total = arrived[0].new_zeros(rows, *out.shape[1:])
+        results = []
+        for part, arrived in zip(parts, arriving, strict=True):
+            results.append(arrived[0].new_zeros(rows, part[-1].stop, *arrived[0].shape[2:]))
             for heads, x in zip(part, arrived, strict=True):
-                total[:, heads] += x
-            out[:rows] = total
+                results[-1][:, heads] += x
+        return results
 
     def _of_groups(self, x: Tensor) -> Tensor:
         """Key and value heads again, from one for each query head."""

@@ -5,7 +5,8 @@ an exchange. So each step gets groups of ranks made for its own lengths, as in F
 
     plan = packseq.ring.planner.plan(lengths, ranks=64, model=CostModel.h200())
     for step in plan.steps:
-        step.sequences, step.spans  # which sequences, and (first rank, number of ranks) of each
+        # Which sequences, (first rank, number of ranks) of each, and how many of these ranks split heads.
+        step.sequences, step.spans, step.ulysses
 
 How :func:`plan` goes about it:
 
@@ -38,6 +39,7 @@ from .cost_model import CostModel
 class Group:
     first: int  # its ranks are first .. first + ranks - 1
     ranks: int
+    ulysses: int  # of them share a shard and split heads
     sequences: tuple[int, ...]  # positions in the lengths, ascending
     seconds: float
 
@@ -61,8 +63,17 @@ class MicroStep:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """(first rank, number of ranks) of each of :attr:`sequences`."""
-        spans = {i: (group.first, group.ranks) for group in self.groups for i in group.sequences}
-        return [spans[i] for i in self.sequences]
+        return [(group.first, group.ranks) for group in self._group_of_each]
+
+    @property
+    def ulysses(self) -> list[int]:
+        """How many ranks share a shard of each of :attr:`sequences`."""
+        return [group.ulysses for group in self._group_of_each]
+
+    @property
+    def _group_of_each(self) -> list[Group]:
+        groups = {i: group for group in self.groups for i in group.sequences}
+        return [groups[i] for i in self.sequences]
 
 
 @dataclass(frozen=True)
@@ -73,11 +84,6 @@ class Plan:
     @property
     def seconds(self) -> float:
         return sum(step.seconds for step in self.steps)
-
-    @property
-    def spans(self) -> list[list[tuple[int, int]]]:
-        """(first rank, number of ranks) of each sequence of each micro-step, in the order of its ``sequences``."""
-        return [step.spans for step in self.steps]
 
 
 def plan(
@@ -199,7 +205,8 @@ def _micro_step(problem: Problem, answer: Answer) -> MicroStep:
     """The largest groups take the first ranks, so that each stands at a multiple of its size."""
     groups, first = [], 0
     for ranks, members, seconds in sorted(answer.groups, key=lambda group: -group[0]):
-        groups.append(Group(first, ranks, tuple(sorted(problem.sequences[members].tolist())), seconds))
+        sequences = tuple(sorted(problem.sequences[members].tolist()))
+        groups.append(Group(first, ranks, problem.ulysses[problem.sizes.index(ranks)], sequences, seconds))
         first += ranks
     return MicroStep(tuple(groups), answer.found_by)
 

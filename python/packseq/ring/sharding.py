@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from itertools import count
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -24,8 +24,6 @@ class Sharding:
         cu_seqlens: the whole batch's boundaries, int64 ``[sequences + 1]``.
         pieces: int64 ``[pieces, 4]``: rank, sequence, and the first row and one past the last row, counted within the
             sequence. Sorted by these; none is empty, no two that touch are of one rank.
-
-        ulysses: how many ranks share a shard, whose rows are cut into a run for each.
         key: an int64 tensor of one number, which operators know it by as long as it lives.
 
     All are on the CPU; what the methods return is on the device they are asked for, and made once.
@@ -34,11 +32,9 @@ class Sharding:
     _alive: ClassVar = WeakValueDictionary()  # by number
     _numbers: ClassVar = count()
 
-    def __init__(self, cu_seqlens: Tensor, pieces: Tensor, world: int, ulysses: int = 1):
-        pieces = _sorted(pieces)
-        self._ring = None if ulysses == 1 else Sharding(cu_seqlens, pieces, world // ulysses)
-        self.cu_seqlens, self.pieces, self.world = cu_seqlens, _joined(_cut(pieces, ulysses)), world
-        self.ulysses = ulysses
+    def __init__(self, cu_seqlens: Tensor, pieces: Tensor, world: int, parts: Sequence["Part"] | None = None):
+        self.cu_seqlens, self.pieces, self.world = cu_seqlens, _joined(_sorted(pieces)), world
+        self._parts = parts
         self._cache: dict = {}
         number = next(Sharding._numbers)
         Sharding._alive[number] = self
@@ -52,9 +48,9 @@ class Sharding:
         return found
 
     @property
-    def ring(self) -> "Sharding":
-        """The sharding over shards: this one where ``ulysses`` is 1."""
-        return self._ring or self
+    def parts(self) -> Sequence["Part"]:
+        """The sequences by how many ranks share a shard of theirs."""
+        return [Part(1, self, self)] if self._parts is None else self._parts
 
     @property
     def total(self) -> int:
@@ -154,13 +150,32 @@ class Sharding:
         return torch.arange(self.sizes[rank]) + offsets.repeat_interleave(self.lengths[mine])
 
 
+class Part(NamedTuple):
+    """Some of a batch's sequences: dealt out to shards, whose rows are then cut into a run for each of their ranks."""
+
+    ulysses: int  # ranks of a shard
+    shards: Sharding  # over ``world / ulysses``
+    ranks: Sharding  # over ``world``
+
+    def rows(self, rank: int, whole: Sharding, device: torch.device) -> slice | Tensor:
+        """Where the rank's rows of these sequences stand among all of its rows."""
+        mine, rest = self.ranks.sizes[rank], whole.sizes[rank]
+        if mine in (0, rest):
+            return slice(0, mine)
+        return self.ranks.cached(("among", rank, device), lambda: self._among(rank, whole).to(device))
+
+    def _among(self, rank: int, whole: Sharding) -> Tensor:
+        """Both stand in the batch's order."""
+        return torch.searchsorted(whole.rows(rank), self.ranks.rows(rank))
+
+
 def shard(
     cu_seqlens: Lengths,
     world: int,
     layout: str = "zigzag",
     *,
     spans: Sequence[tuple[int, int]] | None = None,
-    ulysses: int = 1,
+    ulysses: int | Sequence[int] = 1,
 ) -> Sharding:
     """Deals the rows of a packed batch out to ranks. Sequences may have any lengths, and need not divide by anything.
 
@@ -174,11 +189,10 @@ def shard(
         cu_seqlens: the batch's boundaries, ``[sequences + 1]``: ints, or a tensor (on a GPU, it is copied to the host).
         world: the number of ranks.
         layout: ``"zigzag"`` or ``"contiguous"``.
-        spans: with ``"zigzag"``, the ranks each sequence is spread over, as (first, count) of those left when
-            ``ulysses`` is divided out: a planner's answer. None: all.
+        spans: with ``"zigzag"``, the ranks each sequence is spread over, (first, count): a planner's answer. None: all.
         ulysses: the ranks that share a shard of :func:`packseq.ring.ring_attention` and split its heads; divides
-            ``world``. Ranks ``i * ulysses`` to ``(i + 1) * ulysses - 1`` have a run each of the rows of rank ``i`` of
-            ``world / ulysses``.
+            ``world``, and both numbers of a span. Ranks ``i * ulysses`` to ``(i + 1) * ulysses - 1`` have a run each of
+            the rows of shard ``i``. With ``"zigzag"``, it can be a number for each sequence: a planner's answer too.
 
     Raises:
         ValueError: an argument has a wrong value.
@@ -188,37 +202,58 @@ def shard(
     bounds = torch.as_tensor(cu_seqlens).detach().to("cpu", torch.int64)
     if bounds.dim() != 1 or len(bounds) < 1 or bounds[0] != 0 or bool((bounds.diff() < 0).any()):
         raise ValueError("shard: cu_seqlens must be [sequences + 1], start at 0 and never decrease")
-    if ulysses < 1 or world < 1 or world % ulysses:
-        raise ValueError(f"shard: ulysses must divide world, got {ulysses} and {world}")
+    lengths = bounds.diff()
     if layout not in ("zigzag", "contiguous"):
         raise ValueError(f'shard: layout must be "zigzag" or "contiguous", got {layout!r}')
-    if spans is not None and layout != "zigzag":
-        raise ValueError('shard: spans must be None unless layout is "zigzag"')
-    ranks, lengths = world // ulysses, bounds.diff()
-    if layout == "contiguous":
-        sequence = torch.arange(len(lengths))
-        whole = torch.stack([torch.zeros_like(lengths), sequence, torch.zeros_like(lengths), lengths], 1)
-        return Sharding(bounds, _cut(_sorted(whole), ranks), world, ulysses)
-    return Sharding(bounds, _zigzag(lengths, _checked_spans(spans, len(lengths), ranks)), world, ulysses)
+    if layout == "contiguous" and not (spans is None and isinstance(ulysses, int)):
+        raise ValueError('shard: spans must be None and ulysses one number unless layout is "zigzag"')
+    each = [ulysses] * len(lengths) if isinstance(ulysses, int) else [int(n) for n in ulysses]
+    widths = {ulysses} if isinstance(ulysses, int) else set(each)
+    if world < 1 or len(each) != len(lengths) or any(n < 1 or world % n for n in widths):
+        raise ValueError(
+            f"shard: ulysses must divide world, for all or each of {len(lengths)} sequences, got {ulysses} and {world}"
+        )
+    table = _checked_spans(spans, each, world)
+    parts = []
+    for width in sorted(widths):
+        if layout == "contiguous":
+            pieces = _cut(_whole(lengths), world // width)
+        else:
+            pieces = _zigzag(lengths, torch.div(table, width, rounding_mode="floor"), torch.tensor(each) == width)
+        shards = Sharding(bounds, pieces, world // width)
+        ranks = shards if width == 1 else Sharding(bounds, _cut(shards.pieces, width), world)
+        parts.append(Part(width, shards, ranks))
+    if len(parts) == 1 and parts[0].ulysses == 1:
+        return parts[0].ranks
+    every = torch.cat([part.ranks.pieces for part in parts]) if parts else _whole(lengths)
+    return Sharding(bounds, every, world, parts)
 
 
-def _checked_spans(spans: Sequence[tuple[int, int]] | None, sequences: int, ranks: int) -> Tensor:
+def _checked_spans(spans: Sequence[tuple[int, int]] | None, ulysses: list[int], ranks: int) -> Tensor:
     if spans is None:
-        return torch.tensor([[0, ranks]]).expand(sequences, 2)
+        return torch.tensor([[0, ranks]]).expand(len(ulysses), 2)
     table = torch.tensor(list(spans), dtype=torch.int64).reshape(-1, 2)
     first, count = table.unbind(1)
-    if len(table) != sequences or bool(((first < 0) | (count < 1) | (first + count > ranks)).any()):
+    if len(table) != len(ulysses) or bool(((first < 0) | (count < 1) | (first + count > ranks)).any()):
         raise ValueError(
-            f"shard: spans must be {sequences} pairs (first, count) of ranks among {ranks}, got {list(spans)}"
+            f"shard: spans must be {len(ulysses)} pairs (first, count) of ranks among {ranks}, got {list(spans)}"
         )
+    if bool((table % torch.tensor(ulysses).reshape(-1, 1) != 0).any()):
+        raise ValueError(f"shard: spans must be multiples of ulysses, got {list(spans)} and {ulysses}")
     return table
 
 
-def _zigzag(lengths: Tensor, spans: Tensor) -> Tensor:
-    """Pieces in no order, among them empty ones."""
+def _whole(lengths: Tensor) -> Tensor:
+    """Pieces: every sequence, on rank 0."""
+    zeros = torch.zeros_like(lengths)
+    return _sorted(torch.stack([zeros, torch.arange(len(lengths)), zeros, lengths], 1))
+
+
+def _zigzag(lengths: Tensor, spans: Tensor, chosen: Tensor) -> Tensor:
+    """Pieces of the chosen sequences, in no order, among them empty ones."""
     pieces = [lengths.new_zeros(0, 4)]
-    for first, ranks in spans.unique(dim=0).tolist():
-        sequence = ((spans[:, 0] == first) & (spans[:, 1] == ranks)).nonzero()[:, 0]
+    for first, ranks in spans[chosen].unique(dim=0).tolist():
+        sequence = (chosen & (spans[:, 0] == first) & (spans[:, 1] == ranks)).nonzero()[:, 0]
         length = lengths[sequence]
         rest = length % (2 * ranks)
         begin = (rest.cumsum(0) - rest) % ranks  # the rank that the rest starts going around from
