@@ -93,8 +93,8 @@ struct TapSums {
 };
 
 // Blocks after the grid's write dinitial_states.
-template <class T, int kVec, int kWidth, int kBatch = 4, int kBlocks = 3>
-__global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 16 ? kBlocks : 1)
+template <class T, int kVec, int kWidth>
+__global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 16 ? 3 : 1)
     conv1d_backward_kernel(const __grid_constant__ Conv1dBackwardParams params) {
   constexpr int kState = kWidth - 1;
   const Conv1dBackward& b = params.call;
@@ -106,11 +106,11 @@ __global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 16 ? kBlocks : 1
     using Vector = ConvVector<T, kVec>;
     const int steps = run.count + kState;
     ConvReader<T, kVec> x(p.x, run, -kState, steps), dout(b.dout, run, 0, steps);
-    Vector halo[kState], queue_x[kBatch], queue_dout[kBatch];
+    Vector halo[kState], queue_x[kConvQueue], queue_dout[kConvQueue];
 #pragma unroll
     for (int j = 0; j < kState; ++j) halo[j] = x.next();
 #pragma unroll
-    for (int n = 0; n < kBatch; ++n) queue_x[n] = x.next(), queue_dout[n] = dout.next();
+    for (int n = 0; n < kConvQueue; ++n) queue_x[n] = x.next(), queue_dout[n] = dout.next();
     const ConvTaps<kVec, kWidth> taps(p, run.c);
     ConvCursor cursor(p, run);
     float window[kWidth][kVec];
@@ -170,13 +170,13 @@ __global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 16 ? kBlocks : 1
       advance<kVec, kWidth>(window);
       advance<kVec, kWidth>(waiting);
     };
-    for (int q0 = 0; q0 < steps; q0 += kBatch) {
-      if (q0 - kState >= max(cursor.start, unwritten) && q0 + kBatch <= min(cursor.stop, run.count)) {
+    for (int q0 = 0; q0 < steps; q0 += kConvQueue) {
+      if (q0 - kState >= max(cursor.start, unwritten) && q0 + kConvQueue <= min(cursor.stop, run.count)) {
 #pragma unroll
-        for (int n = 0; n < kBatch; ++n) step(n, q0 + n, std::true_type());
+        for (int n = 0; n < kConvQueue; ++n) step(n, q0 + n, std::true_type());
       } else {
 #pragma unroll
-        for (int n = 0; n < kBatch; ++n) step(n, q0 + n, std::false_type());
+        for (int n = 0; n < kConvQueue; ++n) step(n, q0 + n, std::false_type());
       }
     }
   }

@@ -34,8 +34,8 @@ __device__ void write_final_states(const Conv1dForward& f, int64_t first_block) 
 }
 
 // Blocks after the grid's write the final states.
-template <class T, int kVec, int kWidth, int kBatch = 4, int kBlocks = 4>
-__global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 32 ? kBlocks : 1)
+template <class T, int kVec, int kWidth>
+__global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 32 ? 4 : 1)
     conv1d_forward_kernel(const __grid_constant__ Conv1dForwardParams params) {
   const Conv1dForward& f = params.call;
   const Conv1dProblem& p = f.problem;
@@ -46,11 +46,11 @@ __global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 32 ? kBlocks : 1
   // The first loads are on their way while the thread looks for its sequence.
   using Vector = ConvVector<T, kVec>;
   ConvReader<T, kVec> x(p.x, run, 1 - kWidth, run.count);
-  Vector halo[kWidth - 1], queue[kBatch];
+  Vector halo[kWidth - 1], queue[kConvQueue];
 #pragma unroll
   for (int j = 0; j < kWidth - 1; ++j) halo[j] = x.next();
 #pragma unroll
-  for (int b = 0; b < kBatch; ++b) queue[b] = x.next();
+  for (int b = 0; b < kConvQueue; ++b) queue[b] = x.next();
   const ConvTaps<kVec, kWidth> taps(p, run.c);
   ConvCursor cursor(p, run);
   float window[kWidth][kVec];
@@ -58,9 +58,9 @@ __global__ void __launch_bounds__(kConvThreads, kVec* kWidth <= 32 ? kBlocks : 1
 
   T* out = static_cast<T*>(f.out) + run.first * p.channels + run.c;
   const int64_t stride = run.step * p.channels;
-  for (int q0 = 0; q0 < run.count; q0 += kBatch) {
+  for (int q0 = 0; q0 < run.count; q0 += kConvQueue) {
 #pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
+    for (int b = 0; b < kConvQueue; ++b) {
       const int q = q0 + b;
       if (q >= cursor.stop) cursor.move(q);
       if (q == cursor.start) load_state<T, kVec, kWidth>(cursor.state<T>(p.initial_states, kWidth), window);

@@ -17,6 +17,7 @@ namespace packseq {
 namespace {
 
 constexpr int kFar = 1 << 30;  // steps; no run is as long
+constexpr int kConvQueue = 4;  // rows of a tensor that are on their way at once
 
 template <int kBytes>
 using ConvUnit =
