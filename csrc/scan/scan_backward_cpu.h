@@ -12,7 +12,7 @@
 namespace packseq::PACKSEQ_ISA {
 
 // Carries states over a tile for what they are after it.
-template <class Real, int kParts, bool kConstantB, int kStates>
+template <bool kBounded, class Real, int kParts, bool kConstantB, int kStates>
 __attribute__((noinline)) void pass_states(int count, const Real* exponents, const Real* d, const Real* x,
                                            const Real* B, int64_t width, Real* states) {
   using N = Number<Real, kParts>;
@@ -27,7 +27,7 @@ __attribute__((noinline)) void pass_states(int count, const Real* exponents, con
     const Vec<Real> step = load(d), input = load(x);
     PACKSEQ_UNROLL
     for (int s = 0; s < kStates; ++s) {
-      const N a = decay_of<Real, kParts>(step, exponent[s]);
+      const N a = decay_of<kBounded, Real, kParts>(step, exponent[s]);
       advance<Real, kParts>(h[s], a, input, load_coefficient<kConstantB, Real, kParts>(B + s * b));
     }
     d += kScanBlock, x += kScanBlock;
@@ -39,7 +39,7 @@ __attribute__((noinline)) void pass_states(int count, const Real* exponents, con
 
 // The same, and every token's decay and state are kept: `history` of the state before the first token, then for each
 // token its decay and the state after it.
-template <class Real, int kParts, bool kConstantB, int kStates>
+template <bool kBounded, class Real, int kParts, bool kConstantB, int kStates>
 __attribute__((noinline)) void recompute_states(int count, const Real* exponents, const Real* d, const Real* x,
                                                 const Real* B, int64_t width, const Real* states, Real* decays,
                                                 Real* history) {
@@ -58,7 +58,7 @@ __attribute__((noinline)) void recompute_states(int count, const Real* exponents
     history += kStates * number;
     PACKSEQ_UNROLL
     for (int s = 0; s < kStates; ++s) {
-      const N a = decay_of<Real, kParts>(step, exponent[s]);
+      const N a = decay_of<kBounded, Real, kParts>(step, exponent[s]);
       advance<Real, kParts>(h[s], a, input, load_coefficient<kConstantB, Real, kParts>(B + s * b));
       store_number<Real, kParts>(decays + s * number, lanes, a);
       store_number<Real, kParts>(history + s * number, lanes, h[s]);
@@ -234,11 +234,14 @@ class BackwardScan {
   template <bool kConstantB>
   void pass(Real* states, Prefetch& prefetch) {
     for (int c = 0; c < tile_.lanes; c += kLanes<Real>) {
-      for_states<kStates>(p_.states, [&]<int kCount>(int n) {
-        const int64_t number = int64_t(n) * kParts, row = number * kScanBlock + c;
-        prefetch.step();
-        pass_states<Real, kParts, kConstantB, kCount>(tile_.count, tile_.exponent + row, tile_.d + c, tile_.x + c,
-                                                      tile_.B + (kConstantB ? row : number), tile_.width, states + row);
+      tile_.with_bounds(c, [&]<bool kBounded>() {
+        for_states<kStates>(p_.states, [&]<int kCount>(int n) {
+          const int64_t number = int64_t(n) * kParts, row = number * kScanBlock + c;
+          prefetch.step();
+          pass_states<kBounded, Real, kParts, kConstantB, kCount>(tile_.count, tile_.exponent + row, tile_.d + c,
+                                                                  tile_.x + c, tile_.B + (kConstantB ? row : number),
+                                                                  tile_.width, states + row);
+        });
       });
     }
   }
@@ -271,9 +274,11 @@ class BackwardScan {
       for (int c = 0; c < tile_.lanes; c += kLanes<Real>) {
         const int64_t row = number * kScanBlock + c;
         prefetch.step();
-        recompute_states<Real, kParts, kConstantB, kCount>(tile_.count, tile_.exponent + row, tile_.d + c, tile_.x + c,
-                                                           tile_.B + (kConstantB ? row : number), width, before + row,
-                                                           decays_, history_);
+        tile_.with_bounds(c, [&]<bool kBounded>() {
+          recompute_states<kBounded, Real, kParts, kConstantB, kCount>(
+              tile_.count, tile_.exponent + row, tile_.d + c, tile_.x + c, tile_.B + (kConstantB ? row : number), width,
+              before + row, decays_, history_);
+        });
         backward_states<Real, kParts, kConstantB, kConstantC, kCount>(
             tile_.count,
             {.d = tile_.d + last + c,

@@ -6,7 +6,7 @@
 namespace packseq::PACKSEQ_ISA {
 
 // Carries kStates states of one vector of channels over the tokens of a tile. Pointers are to the first of these.
-template <class Real, int kParts, bool kConstantB, bool kConstantC, int kStates>
+template <bool kBounded, class Real, int kParts, bool kConstantB, bool kConstantC, int kStates>
 __attribute__((noinline)) void forward_states(int count, const Real* exponents, const Real* d, const Real* x,
                                               const Real* B, const Real* C, int64_t width, Real* states, Real* y) {
   using N = Number<Real, kParts>;
@@ -23,7 +23,7 @@ __attribute__((noinline)) void forward_states(int count, const Real* exponents, 
     Vec<Real> sum{};
     PACKSEQ_UNROLL
     for (int s = 0; s < kStates; ++s) {
-      const N a = decay_of<Real, kParts>(step, exponent[s]);
+      const N a = decay_of<kBounded, Real, kParts>(step, exponent[s]);
       advance<Real, kParts>(h[s], a, input, load_coefficient<kConstantB, Real, kParts>(B + s * b));
       sum = add_products<Real, kParts>(sum, load_coefficient<kConstantC, Real, kParts>(C + s * c), h[s]);
     }
@@ -83,12 +83,14 @@ class ForwardScan {
   template <bool kConstantB, bool kConstantC>
   void walk_tile(Prefetch& prefetch) {
     for (int c = 0; c < tile_.lanes; c += kLanes<Real>) {
-      for_states<kStates>(p_.states, [&]<int kCount>(int n) {
-        const int64_t number = int64_t(n) * kParts, row = number * kScanBlock + c;
-        prefetch.step();
-        forward_states<Real, kParts, kConstantB, kConstantC, kCount>(
-            tile_.count, tile_.exponent + row, tile_.d + c, tile_.x + c, tile_.B + (kConstantB ? row : number),
-            tile_.C + (kConstantC ? row : number), tile_.width, h_ + row, y_ + c);
+      tile_.with_bounds(c, [&]<bool kBounded>() {
+        for_states<kStates>(p_.states, [&]<int kCount>(int n) {
+          const int64_t number = int64_t(n) * kParts, row = number * kScanBlock + c;
+          prefetch.step();
+          forward_states<kBounded, Real, kParts, kConstantB, kConstantC, kCount>(
+              tile_.count, tile_.exponent + row, tile_.d + c, tile_.x + c, tile_.B + (kConstantB ? row : number),
+              tile_.C + (kConstantC ? row : number), tile_.width, h_ + row, y_ + c);
+        });
       });
     }
   }

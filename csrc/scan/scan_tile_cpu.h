@@ -4,6 +4,8 @@
 // imaginary) where they are complex. C of a complex scan is kept as (2 re, -2 im): then a state's part of y is the sum
 // of the products, number by number, and C times dy its gradient.
 #pragma once
+#include <algorithm>
+#include <cmath>
 #include <type_traits>
 
 #include "core/cpu/convert.h"
@@ -49,9 +51,9 @@ PACKSEQ_INLINE Number<Real, kParts> load_coefficient(const Real* p) {
 }
 
 // exp(d A); the real part of `exponent` is A's times log2(e).
-template <class Real, int kParts>
+template <bool kBounded, class Real, int kParts>
 PACKSEQ_INLINE Number<Real, kParts> decay_of(Vec<Real> d, const Number<Real, kParts>& exponent) {
-  const Vec<Real> size = exp2<Real>(d * exponent.part[0]);
+  const Vec<Real> size = exp2_of_product<Real>(d, exponent.part[0], kBounded);
   if constexpr (kParts == 1) {
     return {{size}};
   } else {
@@ -125,6 +127,7 @@ inline void store_states(const Real* from, int channels, int64_t width, Real* to
 template <class Real, int kParts>
 struct ScanParameters {
   Real *A, *exponent;  // [blocks, width, kScanBlock]; exponent: what decay_of() takes
+  Real* room;          // [blocks, kScanBlock]: steps up to which no decay leaves the range of powers of two
   Real *B, *C;         // the same, where constant
   Real *D, *bias;      // [blocks, kScanBlock]; zeros where absent
 
@@ -132,6 +135,7 @@ struct ScanParameters {
     const int64_t blocks = int64_t(blocks_per_group(p)) * p.groups, states = blocks * state_width(p) * kScanBlock;
     A = s.take<Real>(states);
     exponent = s.take<Real>(states);
+    room = s.take<Real>(blocks * kScanBlock);
     B = s.take<Real>(p.B.constants ? states : 0);
     C = s.take<Real>(p.C.constants ? states : 0);
     D = s.take<Real>(blocks * kScanBlock);
@@ -150,6 +154,14 @@ struct ScanParameters {
       for (int64_t n = 0; n < width; ++n) {
         const Real factor = n % kParts == 0 ? Real(kLog2e) : Real(1);
         for (int i = 0; i < kScanBlock; ++i) exponent[at + n * kScanBlock + i] = A[at + n * kScanBlock + i] * factor;
+      }
+      constexpr Real most = Exp2Polynomial<Real>::bias - 1;
+      for (int i = 0; i < kScanBlock; ++i) {
+        Real largest = 1;
+        for (int64_t n = 0; n < width; n += kParts) {
+          largest = std::max(largest, std::abs(exponent[at + n * kScanBlock + i]));
+        }
+        room[b * kScanBlock + i] = most / largest;
       }
       load(p.D, block, D + b * kScanBlock);
       load(p.delta_bias, block, bias + b * kScanBlock);
@@ -192,7 +204,7 @@ class ScanTile {
   const ScanBlock block;
   const int lanes;  // channels and what fills their last vector
   const int64_t width;
-  const Real *A, *exponent, *D, *bias;
+  const Real *A, *exponent, *room, *D, *bias;
   const Real *B, *C;        // [kScanTile, width], or where constant [width, kScanBlock]
   Real *u, *d, *x, *slope;  // [kScanTile, kScanBlock]: the input, the step, their product; the step's slope by delta
   int64_t begin = 0;        // the first of the tile's tokens, counted along the walk
@@ -204,6 +216,7 @@ class ScanTile {
         width(state_width(p)),
         A(parameters.A + index * width * kScanBlock),
         exponent(parameters.exponent + index * width * kScanBlock),
+        room(parameters.room + index * kScanBlock),
         D(parameters.D + index * kScanBlock),
         bias(parameters.bias + index * kScanBlock),
         u(s.take<Real>(kTileSize)),
@@ -241,6 +254,15 @@ class ScanTile {
     if (!token_C_) return;
     fetch(p_.C.tokens, walk, token_C_);
     if (kParts == 2) Parameters::double_conjugate(token_C_, count * width, 1);
+  }
+
+  // f(whether all decays of the vector of channels from c on are within the range of powers of two), as a template
+  // argument.
+  template <class F>
+  PACKSEQ_INLINE void with_bounds(int c, const F& f) const {
+    Vec<Int<Real>> beyond{};
+    for (int t = 0; t < count; ++t) beyond |= ~(abs<Real>(load(d + t * kScanBlock + c)) <= load(room + c));
+    any<Real>(beyond) ? f.template operator()<false>() : f.template operator()<true>();
   }
 
   // f(i, c) for every vector of a [kScanTile, kScanBlock] array that holds something: its place, its first channel.

@@ -1,5 +1,7 @@
 // Vectorised elementary functions, accurate to an ulp or two.
 #pragma once
+#include <cmath>
+
 #include "core/cpu/vector.h"
 
 namespace packseq::PACKSEQ_ISA {
@@ -41,12 +43,23 @@ struct Exp2Parts {
   Vec<Real> power, rest;
 
   PACKSEQ_INLINE explicit Exp2Parts(Vec<Real> x) {
-    using P = Exp2Polynomial<Real>;
-    // Adding this rounds x to a whole number and leaves n + bias in the lowest bits.
-    constexpr Real shifter = Real(1.5) * Real(int64_t(1) << P::mantissa) + Real(P::bias);
     const Vec<Real> shifted = x + shifter;
-    const Vec<Real> r = x - (shifted - shifter);
-    power = (Vec<Real>)(bits_of<Real>(shifted) << P::mantissa);
+    set(shifted, x - (shifted - shifter));
+  }
+
+  // x = a b, which need not be rounded.
+  PACKSEQ_INLINE Exp2Parts(Vec<Real> a, Vec<Real> b) {
+    const Vec<Real> shifted = multiply_add(a, b, splat(shifter));
+    set(shifted, multiply_subtract(a, b, shifted - shifter));
+  }
+
+ private:
+  // Adding this rounds x to a whole number and leaves n + bias in the lowest bits.
+  static constexpr Real shifter =
+      Real(1.5) * Real(int64_t(1) << Exp2Polynomial<Real>::mantissa) + Real(Exp2Polynomial<Real>::bias);
+
+  PACKSEQ_INLINE void set(Vec<Real> shifted, Vec<Real> r) {
+    power = (Vec<Real>)(bits_of<Real>(shifted) << Exp2Polynomial<Real>::mantissa);
     rest = exp2_rest<Real>(r);
   }
 };
@@ -64,6 +77,17 @@ PACKSEQ_INLINE Vec<Real> exp2(Vec<Real> x) {
   constexpr int bias = Exp2Polynomial<Real>::bias;
   const Exp2Parts<Real> parts(max<Real>(splat(Real(-bias)), min<Real>(splat(Real(bias + 1)), x)));
   return (parts.rest + Real(1)) * parts.power;  // not as above: infinity times a rest of 0
+}
+
+// 2^(a b) for any a and b; where `bounded` it must be neither denormal nor infinite.
+template <class Real>
+PACKSEQ_INLINE Vec<Real> exp2_of_product(Vec<Real> a, Vec<Real> b, bool bounded) {
+  constexpr int bias = Exp2Polynomial<Real>::bias;
+  const Exp2Parts<Real> parts(a, b);
+  const Vec<Real> result = (parts.rest + Real(1)) * parts.power;
+  if (bounded) return result;
+  const Vec<Real> x = a * b;
+  return x < Real(-bias) ? Vec<Real>{} : x > Real(bias + 1) ? splat(Real(INFINITY)) : result;
 }
 
 // Small arguments keep their relative accuracy: tanh(x) = e / (e + 2) with e = exp(2 |x|) - 1.

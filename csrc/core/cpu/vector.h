@@ -103,6 +103,28 @@ PACKSEQ_INLINE V min_of(V a, V b) {
 }
 #endif
 
+// a b + c and a b - c, rounded once where there is an instruction for it.
+#if defined(__AVX512F__)
+PACKSEQ_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+PACKSEQ_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+#elif defined(__FMA__)
+PACKSEQ_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+PACKSEQ_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+#else
+template <class V>
+PACKSEQ_INLINE V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
+template <class V>
+PACKSEQ_INLINE V multiply_subtract(V a, V b, V c) {
+  return multiply_add(a, b, -c);
+}
+
 template <class T>
 PACKSEQ_INLINE Vec<T> max(Vec<T> a, Vec<T> b) {  // b where either is NaN
   return max_of(a, b);
