@@ -207,6 +207,18 @@ def test_extremes(device, name, softplus, is_complex):
     check_changed(device, EXTREMES[name], case)
 
 
+def test_a_step_out_of_range_changes_nothing_before_it():
+    """On the CPU tokens are walked without clamps where all steps of a tile allow it."""
+    tensors, _, options = scan_inputs(ScanCase("out of range", (64,), 40, F32, 8), "cpu")
+    arguments = tensors | options | {"cu_seqlens": boundaries([64])}
+    before = packseq.selective_scan(**arguments)
+    for token, step in ((63, 1e6), (40, 1e30), (20, -1e6)):
+        delta = tensors["delta"].clone()
+        delta[token] = step
+        after = packseq.selective_scan(**arguments | {"delta": delta})
+        assert_same_bits(f"before token {token}", after[:token], before[:token])
+
+
 def test_products_that_underflow_long_before_the_end(device):
     """Where sums of logarithms or ratios of cumulated products would overflow or divide by zero."""
     case = ScanCase("underflow", (2000,), 4, F32, 4, delta_softplus=True)

@@ -59,6 +59,34 @@ TEST(CpuMath, Exp2) {
 }
 
 template <class Real>
+void check_exp2_of_product(int most) {
+  const auto of = [](Real a, Real b, bool bounded) {
+    return cpu::exp2_of_product<Real>(cpu::splat(a), cpu::splat(b), bounded)[cpu::kLanes<Real> - 1];
+  };
+  std::mt19937 random(3);
+  std::uniform_real_distribution<Real> size(Real(-8), Real(8)), product(Real(-most), Real(most));
+  for (int i = 0; i < 200000; ++i) {
+    const Real a = std::exp2(size(random)), x = product(random), b = x / a;
+    ASSERT_LE(ulps(of(a, b, true), std::exp2((long double)(a)*b)), 1.2 + std::fabs(x)) << a << " * " << b;
+    ASSERT_EQ(of(a, b, true), of(a, b, false)) << a << " * " << b;
+  }
+  const Real infinity = std::numeric_limits<Real>::infinity(), nan = std::numeric_limits<Real>::quiet_NaN();
+  for (const Real large : {Real(3 * most), Real(1e30), infinity}) {
+    EXPECT_EQ(of(2, large, false), infinity);
+    EXPECT_EQ(of(-2, large, false), 0);
+  }
+  EXPECT_EQ(of(0, 5, false), 1);
+  for (const auto& [a, b] : {std::pair{nan, Real(1)}, {Real(1), nan}, {Real(0), infinity}}) {
+    EXPECT_TRUE(std::isnan(of(a, b, false))) << a << " * " << b;
+  }
+}
+
+TEST(CpuMath, Exp2OfProduct) {
+  check_exp2_of_product<float>(126);
+  check_exp2_of_product<double>(1022);
+}
+
+template <class Real>
 void check_tanh(double limit) {
   for (int i = -100000; i <= 100000; ++i) {
     for (const Real x : {Real(i) / 4000, Real(i) * Real(1e-9), std::ldexp(Real(i), -40)}) {
