@@ -247,6 +247,11 @@ class ScanTile {
       store(slope + i, by_delta);
       store(x + i, step * load(u + i));
     });
+    for (int c = 0; c < lanes; c += kLanes<Real>) {
+      Vec<Int<Real>> beyond{};
+      for (int t = 0; t < count; ++t) beyond |= ~(abs<Real>(load(d + t * kScanBlock + c)) <= load(room + c));
+      bounded_[c / kLanes<Real>] = !any<Real>(beyond);
+    }
     if (token_B_) fetch(p_.B.tokens, walk, token_B_);
   }
 
@@ -260,9 +265,7 @@ class ScanTile {
   // argument.
   template <class F>
   PACKSEQ_INLINE void with_bounds(int c, const F& f) const {
-    Vec<Int<Real>> beyond{};
-    for (int t = 0; t < count; ++t) beyond |= ~(abs<Real>(load(d + t * kScanBlock + c)) <= load(room + c));
-    any<Real>(beyond) ? f.template operator()<false>() : f.template operator()<true>();
+    bounded_[c / kLanes<Real>] ? f.template operator()<true>() : f.template operator()<false>();
   }
 
   // f(i, c) for every vector of a [kScanTile, kScanBlock] array that holds something: its place, its first channel.
@@ -313,6 +316,7 @@ class ScanTile {
 
   const ScanProblem& p_;
   Real *token_B_, *token_C_;
+  bool bounded_[kScanBlock / kLanes<Real>];
 };
 
 // f(constant B, constant C) as template arguments.
