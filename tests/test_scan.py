@@ -33,16 +33,24 @@ F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
 
 
 def exactly(function: Callable, tensors: Tensors, gradients: Tensors, total: int) -> tuple[Tensors, dict[str, float]]:
-    """The same in float64, and the largest norm of the terms that a shared parameter's gradient sums over the rows."""
+    """The same in float64, and the largest norm of the terms that a gradient sums: a shared parameter's over the rows,
+    B's and C's over the channels of a group."""
     tensors, gradients = exact_of(tensors), exact_of(gradients)
     shared = [name for name, x in tensors.items() if name in PARAMETERS and x.dim() == PARAMETERS[name]]
     copies = {name: tensors[name].expand(total, *tensors[name].shape) for name in shared}
+    groups = {name: x.shape[1] for name, x in tensors.items() if name in ("B", "C") and x.dim() == 3}
+    for name, count in groups.items():
+        copies[name] = tensors[name].repeat_interleave(tensors["u"].shape[1] // count, 1)
     results = with_gradients(function, tensors | copies, gradients)
     norms = {}
     for name in shared:
         terms = results["d" + name]
         results["d" + name] = terms.sum(0)
         norms["d" + name] = terms.abs().square().sum(0).sqrt().max().item()
+    for name, count in groups.items():
+        terms = results["d" + name].unflatten(1, (count, -1))
+        results["d" + name] = terms.sum(2)
+        norms["d" + name] = terms.abs().square().sum(2).sqrt().max().item() if terms.numel() else 0.0
     return results, norms
 
 
