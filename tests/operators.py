@@ -252,7 +252,8 @@ def _added(q: Tensor, cu_seqlens: Tensor, options: dict, **tensors: Tensor) -> d
 def _attention_accumulate(options: dict, q: Tensor, v: Tensor, **tensors: Tensor) -> tuple[Tensor, Tensor]:
     out, sums = (q.new_zeros(*q.shape[:2], n, dtype=statistics(q.dtype)) for n in (v.shape[-1], 2))
     torch.ops.packseq.attention_accumulate(out=out, sums=sums, v=v, **_added(q, options=options, **tensors))
-    return out, sums
+    level, weight = sums.unbind(-1)  # which power of two the sums are relative to is a kernel's own choice
+    return out * level.exp2()[..., None], weight * level.exp2()
 
 
 def _attention_accumulate_backward(
@@ -271,7 +272,7 @@ def _add_attention_accumulate(
 ) -> None:
     q, k, v = Rows((heads, dim)), Rows((kv_heads, dim), "cu_seqlens_k"), Rows((kv_heads, dim_v), "cu_seqlens_k")
     of_rows = Rows((heads,), statistics=True)
-    forward = {"out": Rows((heads, dim_v), statistics=True), "sums": Rows((heads, 2), statistics=True)}
+    forward = {"out": Rows((heads, dim_v), statistics=True), "weight": of_rows}
     backward = {"d" + name: replace(rows, statistics=True) for name, rows in {"q": q, "k": k, "v": v}.items()}
     gradients = {"dout": Rows((heads, dim_v)), "lse": of_rows, "delta": of_rows}
     for name, call, inputs, outputs in (

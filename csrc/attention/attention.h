@@ -12,6 +12,7 @@
 //
 // Where a sequence's keys come in parts, every part is a call that adds to what the calls before it left (`sums`,
 // `delta`). A sequence of such a call is a run of queries beside a run of keys, and `positions` say where both begin.
+// attention_finish makes results of the sums, attention_delta what the backward's calls start from.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -84,8 +85,33 @@ struct AttentionBackward {
   bool add_to_keys = false;
 };
 
+// AttentionForward's sums of all keys to results, of every row; zeros where no key was added.
+struct AttentionFinish {
+  Dtype dtype;  // of out
+  int64_t rows;
+  int heads, dim_v;
+  const void* total;  // [rows, heads, dim_v], what `out` was there
+  const void* sums;   // [rows, heads, 2]
+  const void* sinks;  // [heads], may be nullptr
+  void* out;          // [rows, heads, dim_v]
+  void* lse;          // [rows, heads]
+};
+
+// AttentionBackward's delta, of every row.
+struct AttentionDelta {
+  Dtype dtype;  // of dout and out
+  int64_t rows;
+  int heads, dim_v;
+  Packed dout;       // [rows, heads, dim_v]
+  const void* out;   // [rows, heads, dim_v], contiguous
+  const void* dlse;  // [rows, heads], may be nullptr
+  void* delta;       // [rows, heads]
+};
+
 void attention_forward(const AttentionForward&, const Executor&);
 void attention_backward(const AttentionBackward&, const Executor&);
+void attention_finish(const AttentionFinish&, const Executor&);
+void attention_delta(const AttentionDelta&, const Executor&);
 
 #if PACKSEQ_HAS_CUDA
 // On the GPU, rows of q, k, v and dout start at 16-byte boundaries: data, token and head strides are multiples of 16 B.
@@ -93,6 +119,8 @@ size_t attention_forward_workspace(const AttentionProblem&);
 size_t attention_backward_workspace(const AttentionBackward&);  // whatever its workspace is
 void attention_forward(const AttentionForward&, cudaStream_t);
 void attention_backward(const AttentionBackward&, cudaStream_t);
+void attention_finish(const AttentionFinish&, cudaStream_t);
+void attention_delta(const AttentionDelta&, cudaStream_t);
 #endif
 
 }  // namespace packseq

@@ -116,4 +116,24 @@ void attention_backward(const AttentionBackward& b, const Executor& executor) {
   }
 }
 
+namespace {
+
+constexpr int64_t kRowGrain = 64;  // rows of a head that are worth a thread
+
+}  // namespace
+
+void attention_finish(const AttentionFinish& f, const Executor& executor) {
+  const AttentionKernels kernels = PACKSEQ_BY_ISA(attention_kernels(f.dtype));
+  executor.parallel_for(f.rows * f.heads, kRowGrain, [&](int64_t begin, int64_t end) {
+    kernels.finish(f, {begin, end});
+  });
+}
+
+void attention_delta(const AttentionDelta& d, const Executor& executor) {
+  const AttentionKernels kernels = PACKSEQ_BY_ISA(attention_kernels(d.dtype));
+  executor.parallel_for(d.rows * d.heads, kRowGrain, [&](int64_t begin, int64_t end) {
+    kernels.delta(d, {begin, end});
+  });
+}
+
 }  // namespace packseq

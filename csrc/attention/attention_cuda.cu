@@ -9,6 +9,7 @@
 #include "attention/attention_f32.h"
 #include "attention/attention_sm80.h"
 #include "attention/backward_rows.cuh"
+#include "attention/forward_rows.cuh"
 #include "core/check.h"
 #include "core/dispatch.h"
 #include "core/divide_up.h"
@@ -113,11 +114,23 @@ void dispatch_half(const AttentionProblem& p, const F& f) {
   });
 }
 
+// f(type) for all of a GPU's.
+template <class F>
+void dispatch_type(Dtype dtype, const F& f) {
+  if (dtype == Dtype::bf16) {
+    f(__nv_bfloat16{});
+  } else if (dtype == Dtype::f16) {
+    f(__half{});
+  } else {
+    f(float{});
+  }
+}
+
 template <class T>
 void row_statistics(const RowStatistics& rows, cudaStream_t stream) {
   const AttentionProblem& p = rows.call.problem;
-  launch("attention row statistics", row_statistics_kernel<T>,
-         divide_up(p.total_q * p.heads, kRowThreads / 8 * kRowsAtOnce), kRowThreads, 0, stream, rows);
+  launch("attention row statistics", row_statistics_kernel<T>, row_blocks(p.total_q, p.heads), kRowThreads, 0, stream,
+         rows);
 }
 
 }  // namespace
@@ -158,6 +171,20 @@ void attention_backward(const AttentionBackward& call, cudaStream_t stream) {
     });
   }
   if (p.sinks) launch("attention dsinks", sinks_gradient_kernel, p.heads, 512, 0, stream, rows);
+}
+
+void attention_finish(const AttentionFinish& call, cudaStream_t stream) {
+  dispatch_type(call.dtype, [&](auto type) {
+    launch("attention finish", finish_kernel<decltype(type)>,
+           divide_up(call.rows * call.heads * (call.dim_v / 8), kFinishThreads), kFinishThreads, 0, stream, call);
+  });
+}
+
+void attention_delta(const AttentionDelta& call, cudaStream_t stream) {
+  dispatch_type(call.dtype, [&](auto type) {
+    launch("attention delta", delta_kernel<decltype(type)>, row_blocks(call.rows, call.heads), kRowThreads, 0, stream,
+           call);
+  });
 }
 
 }  // namespace packseq

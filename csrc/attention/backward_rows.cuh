@@ -5,6 +5,7 @@
 #include "attention/mask.h"
 #include "attention/scores.cuh"
 #include "core/device/mma.cuh"
+#include "core/divide_up.h"
 #include "core/launch.h"
 
 namespace packseq {
@@ -58,52 +59,86 @@ __device__ float dot_16_bytes(const uint4& a, const uint4& b, const T*) {
 
 inline constexpr int kRowThreads = 256, kRowsAtOnce = 4;  // of a head each; so many loads are under way together
 
-// Eight lanes a row of a head, 16 bytes a lane at a time.
+// The rows of a block's heads: eight lanes a row, 16 bytes a lane at a time.
+struct RowItems {
+  static constexpr int kLanes = 8, kItems = kRowThreads / kLanes;
+  int64_t row[kRowsAtOnce];
+  int head[kRowsAtOnce], lane;
+
+  // Item i is row i / heads of head i % heads; one long division serves the block.
+  __device__ explicit RowItems(int heads) : lane(threadIdx.x % kLanes) {
+    const int64_t first = blockIdx.x * int64_t(kItems * kRowsAtOnce), first_row = first / heads;
+    const int in_block = int(first - first_row * heads) + threadIdx.x / kLanes;
+#pragma unroll
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+      const int item = in_block + j * kItems;
+      row[j] = first_row + item / heads;
+      head[j] = item % heads;
+    }
+  }
+
+  // rowsum(dout * out) of the rows before `rows`, to the lanes of each.
+  template <class T>
+  __device__ void dot(float (&sums)[kRowsAtOnce], const Packed& dout, const void* out, int heads, int dim,
+                      int64_t rows) const {
+    constexpr int kWidth = 16 / sizeof(T);
+    for (int i = lane * kWidth; i < dim; i += kLanes * kWidth) {
+      uint4 x[kRowsAtOnce] = {}, y[kRowsAtOnce] = {};
+#pragma unroll
+      for (int j = 0; j < kRowsAtOnce; ++j) {
+        if (row[j] >= rows) continue;
+        const T* of_dout = static_cast<const T*>(dout.data) + row[j] * dout.token + head[j] * dout.head;
+        const T* of_out = static_cast<const T*>(out) + (row[j] * heads + head[j]) * dim;
+        x[j] = *reinterpret_cast<const uint4*>(of_dout + i);
+        y[j] = *reinterpret_cast<const uint4*>(of_out + i);
+      }
+#pragma unroll
+      for (int j = 0; j < kRowsAtOnce; ++j) sums[j] += dot_16_bytes(x[j], y[j], static_cast<const T*>(nullptr));
+    }
+#pragma unroll
+    for (int j = 0; j < kRowsAtOnce; ++j) {
+#pragma unroll
+      for (int offset = kLanes / 2; offset; offset /= 2) sums[j] += __shfl_xor_sync(~0u, sums[j], offset);
+    }
+  }
+};
+
+inline int64_t row_blocks(int64_t rows, int heads) { return divide_up(rows * heads, RowItems::kItems * kRowsAtOnce); }
+
 template <class T>
 __global__ void __launch_bounds__(kRowThreads) row_statistics_kernel(const __grid_constant__ RowStatistics params) {
   const AttentionBackward& call = params.call;
   const AttentionProblem& p = call.problem;
-  constexpr int kLanes = 8, kWidth = 16 / sizeof(T), kItems = kRowThreads / kLanes;
   for (int64_t i = blockIdx.x * int64_t(kRowThreads) + threadIdx.x; i < params.turn_count;
        i += gridDim.x * int64_t(kRowThreads)) {
     params.turns[i] = 0;
   }
-  // Item i is row i / heads of head i % heads; one long division serves the block.
-  const int64_t first = blockIdx.x * int64_t(kItems * kRowsAtOnce), first_row = first / p.heads;
+  const RowItems items(p.heads);
   const int64_t rows = span_of(p.cu_seqlens_q, p.sequences, p.total_q, p.sequences).begin;  // slack is not read
-  const int lane = threadIdx.x % kLanes, in_block = int(first - first_row * p.heads) + threadIdx.x / kLanes;
-  int64_t row[kRowsAtOnce];
-  int head[kRowsAtOnce];
-#pragma unroll
-  for (int j = 0; j < kRowsAtOnce; ++j) {
-    const int item = in_block + j * kItems;
-    row[j] = first_row + item / p.heads;
-    head[j] = item % p.heads;
-  }
   float sums[kRowsAtOnce] = {};
-  for (int i = call.delta ? p.dim_v : lane * kWidth; i < p.dim_v; i += kLanes * kWidth) {
-    uint4 x[kRowsAtOnce] = {}, y[kRowsAtOnce] = {};
-#pragma unroll
-    for (int j = 0; j < kRowsAtOnce; ++j) {
-      if (row[j] >= rows) continue;
-      const T* dout = static_cast<const T*>(call.dout.data) + row[j] * call.dout.token + head[j] * call.dout.head;
-      const T* out = static_cast<const T*>(call.out) + (row[j] * p.heads + head[j]) * p.dim_v;
-      x[j] = *reinterpret_cast<const uint4*>(dout + i);
-      y[j] = *reinterpret_cast<const uint4*>(out + i);
-    }
-#pragma unroll
-    for (int j = 0; j < kRowsAtOnce; ++j) sums[j] += dot_16_bytes(x[j], y[j], static_cast<const T*>(nullptr));
-  }
+  if (!call.delta) items.dot<T>(sums, call.dout, call.out, p.heads, p.dim_v, rows);
 #pragma unroll
   for (int j = 0; j < kRowsAtOnce; ++j) {
-#pragma unroll
-    for (int offset = kLanes / 2; offset; offset /= 2) sums[j] += __shfl_xor_sync(~0u, sums[j], offset);
-    if (lane != 0 || row[j] >= rows) continue;
-    const int64_t from = row[j] * p.heads + head[j], to = head[j] * p.total_q + row[j];
+    const int64_t row = items.row[j];
+    if (items.lane != 0 || row >= rows) continue;
+    const int64_t from = row * p.heads + items.head[j], to = items.head[j] * p.total_q + row;
     const float lse = static_cast<const float*>(call.lse)[from];
     if (call.delta) sums[j] = static_cast<const float*>(call.delta)[from];
     params.delta[to] = sums[j] - (call.dlse ? static_cast<const float*>(call.dlse)[from] : 0.0f);
-    params.lse[to] = sees_key(call, row[j], lse) ? lse * kLog2e : INFINITY;
+    params.lse[to] = sees_key(call, row, lse) ? lse * kLog2e : INFINITY;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kRowThreads) delta_kernel(const __grid_constant__ AttentionDelta p) {
+  const RowItems items(p.heads);
+  float sums[kRowsAtOnce] = {};
+  items.dot<T>(sums, p.dout, p.out, p.heads, p.dim_v, p.rows);
+#pragma unroll
+  for (int j = 0; j < kRowsAtOnce; ++j) {
+    if (items.lane != 0 || items.row[j] >= p.rows) continue;
+    const int64_t at = items.row[j] * p.heads + items.head[j];
+    static_cast<float*>(p.delta)[at] = sums[j] - (p.dlse ? static_cast<const float*>(p.dlse)[at] : 0.0f);
   }
 }
 

@@ -475,23 +475,28 @@ class BackwardBlock {
     }
   }
 
-  // To what the call's dQ holds, in its own order.
+  // To what the call's dQ holds, in its own order: neighbours exchange a half of what they have of two tiles, so that
+  // each has four columns of one.
   template <int kRowTiles, int kTiles>
   __device__ void add_dq(const float (&dq)[kRowTiles][kTiles][4], Visit v, int row0, int col0) const {
     const float scale = float(p_.scale);
-    const int first = v.block * C::kQueries + row0 + lane_ / 4, col = col0 + lane_ % 4 * 2;
+    const bool odd = lane_ % 2;
+    const int first = v.block * C::kQueries + row0 + lane_ / 4, col = col0 + lane_ % 2 * 8 + lane_ % 4 / 2 * 4;
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         const int query = first + 16 * m + 8 * r;
-        if (query >= facts_.mask.len_q) continue;
         float* const row =
             static_cast<float*>(params_.call.dq) + ((int64_t(q_begin_) + query) * p_.heads + head_of(v)) * p_.dim + col;
 #pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-          const float2 x = {dq[m][n][2 * r] * scale, dq[m][n][2 * r + 1] * scale};
-          if (col + 8 * n < p_.dim) add_global(reinterpret_cast<float2*>(row + 8 * n), x);
+        for (int n = 0; n < kTiles; n += 2) {
+          const float2 low = {dq[m][n][2 * r] * scale, dq[m][n][2 * r + 1] * scale};
+          const float2 high = {dq[m][n + 1][2 * r] * scale, dq[m][n + 1][2 * r + 1] * scale};
+          const float2 gives = odd ? low : high, keeps = odd ? high : low;
+          const float2 gets = {__shfl_xor_sync(~0u, gives.x, 1), __shfl_xor_sync(~0u, gives.y, 1)};
+          const float4 x = odd ? float4{gets.x, gets.y, keeps.x, keeps.y} : float4{keeps.x, keeps.y, gets.x, gets.y};
+          if (query < facts_.mask.len_q && col + 8 * n < p_.dim) add_global(reinterpret_cast<float4*>(row + 8 * n), x);
         }
       }
     }

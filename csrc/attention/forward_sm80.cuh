@@ -93,6 +93,7 @@ class ForwardBlock {
       keys.load(shared_k(i), k_begin_, first_key, facts_.mask.len_k);
       values.load(shared_v(i), k_begin_, first_key, facts_.mask.len_k);
     };
+    if (C::kWide) prefetch(call);
     const int count = facts_.blocks.count;
     int now = 0, next = facts_.blocks[0] * C::kKeys;
     if (count > 0) fetch(0, next);
@@ -274,6 +275,17 @@ class ForwardBlock {
     }
   }
 
+  // Brings the sums that add() will read to the L2: blocks end together, and would all wait for the memory then.
+  __device__ void prefetch(const AttentionForward& call) const {
+    constexpr int kFloats = 32, kLines = C::kDim / kFloats;  // of 128 bytes, in a row
+    for (int i = lane_; i < 16 * C::kRowTiles * kLines; i += 32) {
+      const int query = first_query_ + warp_row_ + i / kLines, col = i % kLines * kFloats;
+      const float* const row =
+          static_cast<float*>(call.out) + ((int64_t(q_begin_) + query) * p_.heads + head_) * p_.dim_v;
+      if (query < facts_.mask.len_q && col < p_.dim_v) asm volatile("prefetch.global.L2 [%0];" ::"l"(row + col));
+    }
+  }
+
   // Adds this block's sums, relative to its rows' maxima, to those of other keys, relative to powers of two. These are
   // in device memory, a microsecond away: all that a thread has of a row is asked for before the first is written.
   __device__ void add(const AttentionForward& call) const {
@@ -402,12 +414,14 @@ __global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm)
   if (tile.sequence < 0) return;
   if (tile.sequence == p.sequences) return zero_slack<T, C>(params.call, tile.block, head);
   const int len_q = int(span_of(p.cu_seqlens_q, p.sequences, p.total_q, tile.sequence).size());
+  const int64_t len_k = span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence).size();
+  if (C::kWide && len_k == 0) return;
   if (p.causal) tile.block = (len_q - 1) / C::kQueries - tile.block;  // the last queries see most: start them first
   ForwardFacts& facts = *reinterpret_cast<ForwardFacts*>(shared + C::kTileBytes);
   ForwardBlock<T, C> block(p, facts, tile, head, shared_address(shared));
   block.load_queries(len_q);
   if (threadIdx.x == 0) {
-    const Mask mask(p, tile.sequence, len_q, span_of(p.cu_seqlens_k, p.sequences, p.total_k, tile.sequence).size());
+    const Mask mask(p, tile.sequence, len_q, len_k);
     const int first = tile.block * C::kQueries, last = min(first + C::kQueries, mask.len_q);
     facts = {mask, Scores(p, head), KeyBlocks(mask, first, last, C::kKeys), VisibleKeys(mask, first, last)};
   }

@@ -27,6 +27,9 @@ struct AttentionKernels {
   void (*forward)(const AttentionForward&, const QueryTile&, const QueryTile* next, void* scratch);
   size_t (*backward_scratch)(const AttentionProblem&, int64_t longest_k);
   void (*backward)(const AttentionBackward&, const SequenceHead&, const SequenceHead* next, void* scratch);
+  // of the rows of heads that are numbered so
+  void (*finish)(const AttentionFinish&, const Span&);
+  void (*delta)(const AttentionDelta&, const Span&);
 };
 
 // Rows of a tile are the queries times the heads that share a head of k and v: at least one query, and as many as make

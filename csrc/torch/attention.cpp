@@ -221,14 +221,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {dq, dk, dv, dsinks};
 }
 
+// Where a tensor that a call writes begins.
+void* writable(const Argument& a) {
+  check(a.tensor.is_contiguous(), a, " must be contiguous");
+  void* const data = a.tensor.mutable_data_ptr();
+  check(!a.tensor.is_cuda() || reinterpret_cast<uintptr_t>(data) % 16 == 0, a,
+        " must begin at a multiple of 16 bytes on a GPU");
+  return data;
+}
+
 // A tensor that a call adds to, in the statistics' type.
 void* accumulator(const Ready& in, const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
   const Argument a = in.named(name, t);
   check_shape(a, shape);
   check_dtype(a, in.statistics());
   check_same_device(a, in.named("q", in.q));
-  check(t.is_contiguous(), a, " must be contiguous");
-  return t.mutable_data_ptr();
+  return writable(a);
 }
 
 template <class Backend>
@@ -278,6 +286,82 @@ void attention_accumulate_backward(const Tensor& dout_in, const Tensor& delta_in
       q, backend);
 }
 
+// [rows, heads, dim_v], of a type that the device has kernels for.
+Dtype check_results(const Argument& a) {
+  check_dims(a, 3, "[rows, heads, dim_v]");
+  const Dtype dtype = dtype_on_device(a);
+  const int64_t dim = a.tensor.size(2);
+  check(dim >= 1 && (!a.tensor.is_cuda() || dim % 8 == 0), a, " must have a head dim of at least 1, ",
+        "a multiple of 8 on a GPU, got ", dim);
+  return dtype;
+}
+
+template <class Backend>
+void attention_finish(const Tensor& total_in, const Tensor& sums_in, const OptionalTensor& sinks_in, Tensor out,
+                      Tensor lse) {
+  constexpr const char* op = "attention_finish";
+  const Argument of_out{op, "out", out};
+  const Dtype dtype = check_results(of_out);
+  const int64_t rows = out.size(0), heads = out.size(1), dim = out.size(2);
+  const auto check_like = [&](const Argument& a, std::initializer_list<int64_t> shape) {
+    check_shape(a, shape);
+    check_dtype(a, parameter_type(out));
+    check_same_device(a, of_out);
+  };
+  check_like({op, "total", total_in}, {rows, heads, dim});
+  check_like({op, "sums", sums_in}, {rows, heads, 2});
+  check_like({op, "lse", lse}, {rows, heads});
+  if (sinks_in) check_like({op, "sinks", *sinks_in}, {heads});
+  const Backend backend(out);
+  const int64_t alignment = alignment_of(out, 16);
+  const Tensor total = readable(torch::stable::contiguous(total_in), alignment);
+  const Tensor sums = readable(torch::stable::contiguous(sums_in), alignment);
+  OptionalTensor sinks = sinks_in;
+  make_contiguous(sinks);
+  packseq::attention_finish(AttentionFinish{.dtype = dtype,
+                                            .rows = rows,
+                                            .heads = int(heads),
+                                            .dim_v = int(dim),
+                                            .total = total.const_data_ptr(),
+                                            .sums = sums.const_data_ptr(),
+                                            .sinks = data_of(sinks),
+                                            .out = writable(of_out),
+                                            .lse = writable({op, "lse", lse})},
+                            backend);
+}
+
+template <class Backend>
+Tensor attention_delta(const Tensor& dout_in, const Tensor& out_in, const OptionalTensor& dlse_in) {
+  constexpr const char* op = "attention_delta";
+  const Argument of_dout{op, "dout", dout_in}, of_out{op, "out", out_in};
+  const Dtype dtype = check_results(of_out);
+  check_shape(of_dout, {out_in.size(0), out_in.size(1), out_in.size(2)});
+  check_same_dtype(of_dout, of_out);
+  check_same_device(of_dout, of_out);
+  if (dlse_in) {
+    const Argument of_dlse{op, "dlse", *dlse_in};
+    check_shape(of_dlse, {out_in.size(0), out_in.size(1)});
+    check_dtype(of_dlse, parameter_type(out_in));
+    check_same_device(of_dlse, of_out);
+  }
+  const Backend backend(out_in);
+  const int64_t alignment = alignment_of(out_in, 16);
+  const Tensor dout = readable(dout_in, alignment), out = readable(torch::stable::contiguous(out_in), alignment);
+  OptionalTensor dlse = dlse_in;
+  make_contiguous(dlse);
+  const Tensor delta = torch::stable::new_empty(out, {out.size(0), out.size(1)}, parameter_type(out));
+  packseq::attention_delta(AttentionDelta{.dtype = dtype,
+                                          .rows = out.size(0),
+                                          .heads = int(out.size(1)),
+                                          .dim_v = int(out.size(2)),
+                                          .dout = packed_of(dout),
+                                          .out = out.const_data_ptr(),
+                                          .dlse = data_of(dlse),
+                                          .delta = delta.mutable_data_ptr()},
+                           backend);
+  return delta;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(packseq, CPU, m) {
@@ -285,6 +369,8 @@ STABLE_TORCH_LIBRARY_IMPL(packseq, CPU, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward<Cpu>));
   m.impl("attention_accumulate", TORCH_BOX(&attention_accumulate<Cpu>));
   m.impl("attention_accumulate_backward", TORCH_BOX(&attention_accumulate_backward<Cpu>));
+  m.impl("attention_finish", TORCH_BOX(&attention_finish<Cpu>));
+  m.impl("attention_delta", TORCH_BOX(&attention_delta<Cpu>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(packseq, CUDA, m) {
@@ -292,6 +378,8 @@ STABLE_TORCH_LIBRARY_IMPL(packseq, CUDA, m) {
   m.impl("attention_backward", TORCH_BOX(&attention_backward<Cuda>));
   m.impl("attention_accumulate", TORCH_BOX(&attention_accumulate<Cuda>));
   m.impl("attention_accumulate_backward", TORCH_BOX(&attention_accumulate_backward<Cuda>));
+  m.impl("attention_finish", TORCH_BOX(&attention_finish<Cuda>));
+  m.impl("attention_delta", TORCH_BOX(&attention_delta<Cuda>));
 }
 
 }  // namespace packseq

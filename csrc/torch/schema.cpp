@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(packseq, m) {
       " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)");
 
   // The same for keys that come in parts: csrc/attention/attention.h has what sums, delta, add_to_keys and positions
-  // are.
+  // are. attention_finish overwrites out, in whose dtype the results are, and lse.
   m.def(
       "attention_accumulate(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!) sums, Tensor cu_seqlens, "
       "Tensor cu_seqlens_k, Tensor positions, bool causal, int window_left, int window_right, int sink_tokens, "
@@ -27,6 +27,8 @@ STABLE_TORCH_LIBRARY(packseq, m) {
       "Tensor positions, bool causal, int window_left, int window_right, int sink_tokens, float softcap, "
       "Tensor? alibi_slopes, float? scale)"
       " -> ()");
+  m.def("attention_finish(Tensor total, Tensor sums, Tensor? sinks, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("attention_delta(Tensor dout, Tensor out, Tensor? dlse=None) -> Tensor delta");
 
   // csrc/torch/scan.cpp; final_states has no rows where they are not returned, gradients are empty where their input is
   // None

@@ -343,7 +343,15 @@ def _check_attention_accumulate(device: str, dtype: torch.dtype) -> float:
         positions = torch.tensor([0, begin], dtype=torch.int32, device=device).repeat(len(LENGTHS), 1)
         tensors = [q.to(device), k[rows].to(device), v[rows].to(device), total, sums, cu_seqlens, bounds, positions]
         torch.ops.packseq.attention_accumulate(*tensors, True, -1, -1, 0, 0.0, None, None)
-    return _error((total / sums[..., 1:]).to(dtype), _attention_in_float64(*map(_exact, (q, k, v))))
+    out, lse = torch.empty(q.shape, dtype=dtype, device=device), torch.empty(q.shape[:2], device=device)
+    torch.ops.packseq.attention_finish(total, sums, None, out, lse)
+    return _error(out, _attention_in_float64(*map(_exact, (q, k, v))))
+
+
+def _check_attention_delta(device: str, dtype: torch.dtype) -> float:
+    dout, out = (_random(sum(LENGTHS), 4, 64, dtype=dtype) for _ in range(2))
+    delta = torch.ops.packseq.attention_delta(dout.to(device), out.to(device))
+    return _error(delta, (_exact(dout) * _exact(out)).sum(2))
 
 
 # ---- the ring, with one rank
@@ -407,6 +415,8 @@ def _ring_sums_beyond(x: Tensor, key: Tensor, group: str) -> Tensor:
 CHECKS: dict[str, Callable[[str, torch.dtype], float]] = {
     "attention": _check_attention,
     "attention_accumulate": _check_attention_accumulate,
+    "attention_finish": _check_attention_accumulate,
+    "attention_delta": _check_attention_delta,
     "selective_scan": _check_selective_scan,
     "selective_scan_step": _check_selective_scan_step,
     "mamba_inner": _check_mamba_inner,

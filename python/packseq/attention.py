@@ -109,8 +109,14 @@ def _(dout, dlse, q, k, v, out, lse, cu_seqlens, *options):
 
 @torch.library.register_fake("packseq::attention_accumulate")
 @torch.library.register_fake("packseq::attention_accumulate_backward")
+@torch.library.register_fake("packseq::attention_finish")
 def _(*arguments):
     return None
+
+
+@torch.library.register_fake("packseq::attention_delta")
+def _(dout, out, dlse=None):
+    return out.new_empty(out.shape[:2], dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
 
 
 def _save(ctx, inputs, output):
@@ -136,8 +142,8 @@ def _backward(ctx, dout, dlse):
 
 
 register_gradient("attention", _backward, _save)
-register_without_gradient("attention_accumulate")
-register_without_gradient("attention_accumulate_backward")
+for operator in ("attention_accumulate", "attention_accumulate_backward", "attention_finish", "attention_delta"):
+    register_without_gradient(operator)
 for operator in ("attention", "attention_accumulate"):
     register_autocast(operator, lambda cast, q, k, v, *rest: (cast(q), cast(k), cast(v), *rest))
 register_autocast(

@@ -263,20 +263,31 @@ struct Parts {
     return whole;
   }
 
-  // From the sums, the results of `a` that the backward needs, and its delta.
+  // What makes results of the sums, and what the backward starts from, but for the tensors' addresses.
+  static AttentionFinish finish(const Attention& a) {
+    return {.dtype = a.c.dtype,
+            .rows = a.q.total,
+            .heads = a.c.heads,
+            .dim_v = a.c.dim_v,
+            .total = nullptr,
+            .sums = nullptr,
+            .sinks = nullptr,
+            .out = nullptr,
+            .lse = nullptr};
+  }
+  static AttentionDelta start_backward(const Attention& a) {
+    return {.dtype = a.c.dtype,
+            .rows = a.q.total,
+            .heads = a.c.heads,
+            .dim_v = a.c.dim_v,
+            .dout = a.dout.packed(),
+            .out = nullptr,
+            .dlse = nullptr,
+            .delta = nullptr};
+  }
+
+  // Slack rows have results too then, which nobody asked for.
   void finish_forward(Attention& a) {
-    for (int64_t t = 0; t < a.cu_q.back(); ++t) {
-      for (int h = 0; h < a.c.heads; ++h) {
-        const double sum = sums.at(t, h, 1);
-        a.lse.set(t, h, 0, sums.at(t, h, 0) * std::log(2.0) + std::log(sum));
-        double dot = a.c.dlse ? -a.dlse.at(t, h) : 0;
-        for (int d = 0; d < a.c.dim_v; ++d) {
-          a.out.set(t, h, d, sum == 0 ? 0 : out.at(t, h, d) / sum);
-          dot += a.out.at(t, h, d) * a.dout.at(t, h, d);
-        }
-        delta.set(t, h, 0, dot);
-      }
-    }
     for (Tensor* x : {&a.out, &a.lse}) move_slack(*x, out, a.cu_q.back());
   }
 

@@ -45,7 +45,15 @@ void expect_right_in_parts(const Case& c, unsigned seed) {
                        .sums = parts.sums.memory.data()},
                       threaded());
   }
+  AttentionFinish finish = Parts::finish(a);
+  finish.total = parts.out.memory.data(), finish.sums = parts.sums.memory.data();
+  finish.out = a.out.memory.data(), finish.lse = a.lse.memory.data();
+  attention_finish(finish, threaded());
   parts.finish_forward(a);
+  AttentionDelta delta = Parts::start_backward(a);
+  delta.out = a.out.memory.data(), delta.dlse = c.dlse ? a.dlse.memory.data() : nullptr;
+  delta.delta = parts.delta.memory.data();
+  attention_delta(delta, threaded());
   for (int i : {0, 1}) {
     attention_backward({.problem = problem(i),
                         .dout = a.dout.packed(),

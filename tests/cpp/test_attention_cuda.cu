@@ -156,15 +156,24 @@ void expect_right_in_parts(const Case& c, unsigned seed) {
       workspace.values();
     });
   }
-  download(parts.out, out), download(parts.sums, sums);
+  download(parts.out, out);
+  AttentionFinish finish = Parts::finish(a);
+  finish.total = out.data(), finish.sums = sums.data(), finish.out = gpu.out.data(), finish.lse = gpu.lse.data();
+  attention_finish(finish, nullptr);
+  AttentionDelta start = Parts::start_backward(a);
+  const Bytes delta(bytes_of(parts.delta));
+  start.dout = gpu.dout.packed(), start.out = gpu.out.data(), start.delta = delta.data();
+  start.dlse = c.dlse ? gpu.dlse.memory.data() : nullptr;
+  attention_delta(start, nullptr);
+  delta.values();
+  download(a.out, gpu.out), download(a.lse, gpu.lse);
   parts.finish_forward(a);
-  const Bytes lse(bytes_of(a.lse)), delta(bytes_of(parts.delta));
   for (int i : {0, 1}) {
     with_part(i, [&](const AttentionProblem& p) {
       OnGpu::run({.problem = p,
                   .dout = gpu.dout.packed(),
                   .out = nullptr,
-                  .lse = lse.data(),
+                  .lse = gpu.lse.data(),
                   .dlse = nullptr,
                   .dq = dq.data(),
                   .dk = dk.data(),
