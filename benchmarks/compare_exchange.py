@@ -4,14 +4,13 @@ torchrun --nproc-per-node 2 benchmarks/compare_exchange.py --out benchmarks/resu
 """
 
 import argparse
-import os
-import statistics
-import time
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from packseq.ring import ring_exchange
 from report import environment, write
+from timing import join_ranks, time_ranks
 from torch import Tensor
 
 SIZES = [1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 27]  # bytes to each neighbour
@@ -35,26 +34,6 @@ def theirs(tensors: list[Tensor]) -> list[Tensor]:
     return received
 
 
-def seconds_of(call, tensors: list[Tensor], device: torch.device, repeats: int) -> float:
-    """The median, over repeats, of the slowest rank."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    taken = []
-    for _ in range(repeats + 2):
-        dist.barrier()
-        wait()
-        begin = time.perf_counter()
-        call(tensors)
-        wait()
-        taken.append(time.perf_counter() - begin)
-    slowest = torch.tensor(taken[2:], device=device)
-    dist.all_reduce(slowest, dist.ReduceOp.MAX)
-    return statistics.median(slowest.tolist())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is a GPU for each rank")
@@ -62,21 +41,14 @@ def main() -> None:
     parser.add_argument("--out", help="folder for exchange_DEVICE.json and exchange_DEVICE.md")
     parser.add_argument("--commit", help="what the report calls the commit (default: the build's)")
     options = parser.parse_args()
-    local, world = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    on_gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
-    device = (
-        torch.device("cuda", local) if (options.device or ("cpu", "cuda")[on_gpus]) == "cuda" else torch.device("cpu")
-    )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    device, world = join_ranks(options.device)
     rows = []
     for size in SIZES:
         tensors = [torch.randn(size // 4 // TENSORS, device=device) for _ in range(TENSORS)]
         for x, y in zip(ours(tensors), theirs(tensors), strict=True):
             assert torch.equal(x, y)
         names = {"packseq": ours, "batch_isend_irecv": theirs}
-        seconds = {name: seconds_of(call, tensors, device, options.repeats) for name, call in names.items()}
+        seconds = {name: time_ranks(partial(call, tensors), device, options.repeats) for name, call in names.items()}
         row = {"bytes to each neighbour": size} | {f"{name} us": x * 1e6 for name, x in seconds.items()}
         row |= {"packseq GB/s": 2 * size / seconds["packseq"] * 1e-9}
         rows.append(row | {"over torch": seconds["batch_isend_irecv"] / seconds["packseq"]})

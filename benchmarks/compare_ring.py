@@ -1,16 +1,20 @@
 """What a ring costs beside its transfers: attention in the steps of P ranks, one after another on one device, against
-one call over the whole batch. The steps' sums are merged as the ring merges them, in float32; nothing is sent.
+one call over the whole batch. The steps' sums are merged as the ring merges them, in float32, and gradients that would
+return are added where the ring adds them, on a stream beside the one that computes; nothing is sent.
 
     python benchmarks/compare_ring.py --out benchmarks/results/h200
 """
 
 import argparse
+import functools
+import itertools
 import math
+from collections.abc import Callable
+from functools import partial
 
 import packseq
 import torch
 from packseq.ring import Sharding, shard
-from packseq.ring.attention import some_rows
 from packseq.ring.attention_plan import Mask, Step, attention_plan
 from report import environment, write
 from timing import time_cpu, time_cuda
@@ -33,45 +37,72 @@ class InSteps:
     def keys(self, rank: int, step: Step) -> list[Tensor]:
         """What the rank that has them sends."""
         source = (rank - step.shift) % self.sharding.world
-        rows = self.plans[source][step.shift].send
-        return [some_rows(x, rows) for x in self.ranks[source][1:3]]
+        return [self.plans[source][step.shift].send.of(x) for x in self.ranks[source][1:3]]
 
     def forward(self) -> list[tuple[Tensor, Tensor]]:
         results = []
         for rank, (q, _, v, _) in enumerate(self.ranks):
-            out = q.new_zeros(*q.shape[:2], v.shape[2], dtype=torch.float32)
+            out = q.new_empty(*q.shape[:2], v.shape[2], dtype=torch.float32)
             sums = q.new_zeros(*q.shape[:2], 2, dtype=torch.float32)
             sums[..., 0] = -math.inf
             for step in filter(None, self.plans[rank]):
                 keys = self.keys(rank, step)
                 for call in step.calls:
                     accumulate(q, *keys, out, sums, *call, *self.options)
-            level, weight = sums.unbind(2)
-            results.append(
-                (torch.div(out, weight[..., None], out=torch.empty_like(q)), level * math.log(2) + weight.log())
-            )
+            results.append((torch.empty(out.shape, dtype=q.dtype, device=q.device), sums.new_empty(q.shape[:2])))
+            torch.ops.packseq.attention_finish(out, sums, None, *results[-1])
         return results
 
     def backward(self, results: list[tuple[Tensor, Tensor]]) -> list[list[Tensor]]:
-        sums = [[torch.zeros_like(x, dtype=torch.float32) for x in rank[:3]] for rank in self.ranks]
-        for rank, (q, _, _, dout) in enumerate(self.ranks):
-            out, lse = results[rank]
-            delta = (dout * out.float()).sum(2)
-            for step in filter(None, self.plans[rank]):
-                keys = self.keys(rank, step)
-                mine = step.shift == 0
-                dkeys = sums[rank][1:] if mine else [torch.empty_like(x, dtype=torch.float32) for x in keys]
-                for i, call in enumerate(step.calls):
-                    accumulate_backward(
-                        *(dout, delta, q, *keys, lse, sums[rank][0], *dkeys, mine or i > 0), *call, *self.options
-                    )
-                if mine:
-                    continue
-                source = (rank - step.shift) % self.sharding.world
-                rows = self.plans[source][step.shift].send
-                for total, part in zip(sums[source][1:], dkeys, strict=True):
-                    total[rows] += part
+        sums = [[x.new_empty(x.shape, dtype=torch.float32) for x in rank[:3]] for rank in self.ranks]
+        deltas = []
+        for (dq, *_), (*_, dout), (out, _) in zip(sums, self.ranks, results, strict=True):
+            dq.zero_()
+            deltas.append(torch.ops.packseq.attention_delta(dout, out))
+        returning = None
+        for shift, rank in itertools.product(range(self.sharding.world), repeat=2):
+            step = self.plans[rank][shift]
+            if step is None:
+                continue
+            (q, _, _, dout), keys = self.ranks[rank], self.keys(rank, step)
+            dkeys = [torch.empty_like(x, dtype=torch.float32) for x in keys] if shift else sums[rank][1:]
+            for i, call in enumerate(step.calls):
+                accumulate_backward(
+                    *(dout, deltas[rank], q, *keys, results[rank][1], sums[rank][0], *dkeys, i > 0),
+                    *call,
+                    *self.options,
+                )
+            if returning:
+                returning.wait()
+                returning = None
+            if shift:
+                source = (rank - shift) % self.sharding.world
+                rows = self.plans[source][shift].send
+                returning = Beside(dout.device, partial(rows.add, sums[source][1:], dkeys))
+        if returning:
+            returning.wait()
         return [[x.to(self.ranks[0][0].dtype) for x in rank] for rank in sums]
+
+
+stream_of = functools.cache(partial(torch.cuda.Stream, priority=-1))  # by device
+
+
+class Beside:
+    """What a transfer would do with what has come, on a stream of its own until ``wait()``."""
+
+    def __init__(self, device: torch.device, work: Callable[[], None]):
+        self.work, self.done = work, None  # keeps its tensors
+        if device.type == "cpu":
+            return work()
+        stream = stream_of(device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        self.done = stream.record_event()
+
+    def wait(self) -> None:
+        if self.done:
+            torch.cuda.current_stream().wait_event(self.done)
 
 
 def compare(name: str, lengths: list[int], heads: int, dim: int, ranks: int, device: str, seconds: float) -> list[dict]:

@@ -1,10 +1,12 @@
 """Times contestants that take turns, so a drifting clock or a busy neighbour meets all of them alike."""
 
+import os
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 _FLUSH_BYTES = 256 << 20  # more than any GPU's L2
 
@@ -47,3 +49,33 @@ def time_cpu(contestants: dict[str, Callable[[], object]], seconds: float, least
             call()
             times[name].append((time.perf_counter() - begin) * 1e3)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def join_ranks(device: str | None) -> tuple[torch.device, int]:
+    """This rank's device, by default a GPU where there is one for each, and how many ranks torchrun has started."""
+    local, on_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    where = torch.device("cuda", local) if (device or ("cpu", "cuda")[on_gpus]) == "cuda" else torch.device("cpu")
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    return where, dist.get_world_size()
+
+
+def time_ranks(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Seconds by the wall clock from when all ranks begin to when the slowest is done; the median over repeats."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    taken = []
+    for _ in range(repeats + 2):
+        dist.barrier()
+        wait()
+        begin = time.perf_counter()
+        call()
+        wait()
+        taken.append(time.perf_counter() - begin)
+    slowest = torch.tensor(taken[2:], device=device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    return statistics.median(slowest.tolist())

@@ -96,6 +96,28 @@ def exchange_without_waiting_for_memory():
         assert torch.all(received == 100 * step + before)
 
 
+def exchange_then_add():
+    """What is to be done with what has come is done behind it, on the exchanges' stream, and before anyone goes on."""
+    ring = communicator()
+    before, after = (ring.rank - 1) % ring.size, (ring.rank + 1) % ring.size
+    total = torch.zeros(1 << 20, device="cuda")
+    for step in range(8):
+        received = torch.zeros(1 << 20, device="cuda")
+        sent = drawn(ring.rank, step, (1 << 20,), torch.float32)
+        streams = []
+
+        def add(received=received, streams=streams):
+            streams.append(torch.cuda.current_stream())
+            total.add_(received)
+
+        under_way = ring.exchange([(sent, after)], [(received, before)], "and add", add, [total])
+        assert [stream.cuda_stream for stream in streams] == [ring.stream.cuda_stream]
+        assert torch.cuda.current_stream() != streams[0]
+        under_way.synchronize() if step % 2 else under_way.wait()
+        total.sub_(drawn(before, step, (1 << 20,), torch.float32))
+        assert not total.any()
+
+
 def exchange_in_a_graph():
     ring = communicator()
     pass_on(ring)  # connects
@@ -194,6 +216,7 @@ GPU_RUNS = {
     "exchange_tensors": (exchange_tensors, 3),
     "exchange_tensors_alone": (exchange_tensors, 1),
     "memory": (exchange_without_waiting_for_memory, 2),
+    "then": (exchange_then_add, 2),
     "graph": (exchange_in_a_graph, 2),
     "shrink_whole": (shrink_what_is_whole, 3),
     "split": (split_in_two, 4),

@@ -202,6 +202,30 @@ def test_sequences_with_their_own_ranks_and_shards():
     check(LongConvCase("ring", LONG, 4, torch.float32, 4, True, True, True), 4, spread)
 
 
+def runs_of(group, rank: int, case, spread: dict) -> list[str]:
+    """The mixers' forward operators that a rank runs."""
+    with torch.profiler.profile() as trace:
+        on_rank(group, rank, case, spread, "cpu")
+    return [event.name for event in trace.events() if event.name in ("packseq::selective_scan", "packseq::long_conv")]
+
+
+@pytest.mark.parametrize("initial_states", [False, True])
+def test_whole_sequences_are_computed_once(initial_states):
+    spread = {"spans": [(0, 1), (2, 1), (3, 1), (1, 1), (0, 1)]}
+    everything = EVERYTHING | {"initial_states": initial_states}
+    cases = {
+        "selective_scan": ScanCase("ring", LONG, 16, torch.float32, 8, **everything),
+        "long_conv": LongConvCase("ring", LONG, 4, torch.float32, 4, True, True, initial_states),
+    }
+    for name, case in cases.items():
+        check(case, 4, spread)
+        assert_same_bits("out", on_ranks(case, 4, spread)["out"], on_one(case, "cpu")["out"])
+        scans_of_final_states = name == "long_conv"  # on one rank too
+        for names in ranks().run(runs_of, 4, case, spread):
+            assert names.count(f"packseq::{name}") == 1
+            assert names.count("packseq::selective_scan") <= 1 + scans_of_final_states * (1 + initial_states)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("layout", ["zigzag", "contiguous"])

@@ -1,6 +1,7 @@
 """Attention over sequences that are spread over ranks: a ring of keys and values, heads split within it, or both."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from .exchange import Transfer, needs_communicator, start
 from .groups import Group, group_of, name_of
 from .heads import Heads
 from .sharding import Sharding
+from .some_rows import SomeRows
 
 _ALIBI_SLOPES, _SINKS = 10, 11  # their places among the operator's arguments
 
@@ -97,18 +99,17 @@ class _Ring:
         if step is None:
             return None, []
         if step.shift == 0:
-            return None, [some_rows(x, step.send) for x in (k, v)]
+            return None, [step.send.of(x) for x in (k, v)]
         arriving = [x.new_empty(step.receives, *x.shape[1:]) for x in (k, v)]
         transfer = self.transfer(
-            [some_rows(x, step.send).contiguous() for x in (k, v)], arriving, step.shift, "keys and values"
+            [step.send.of(x).contiguous() for x in (k, v)], arriving, step.shift, "keys and values"
         )
         return transfer, arriving
 
-    def transfer(self, sends: list[Tensor], receives: list[Tensor], shift: int, what: str) -> Transfer:
+    def transfer(self, sends: list[Tensor], receives: list[Tensor], shift: int, what: str, **then) -> Transfer:
         to, source = self.peer(shift), self.peer(-shift)
-        return start(
-            [(x, to) for x in sends], [(x, source) for x in receives], self.group, f"ring step {shift}, {what}"
-        )
+        label = f"ring step {shift}, {what}"
+        return start([(x, to) for x in sends], [(x, source) for x in receives], self.group, label, **then)
 
     def with_keys(self, k: Tensor, v: Tensor):
         """The steps, each with its keys and values; the next step's are on their way meanwhile."""
@@ -121,20 +122,9 @@ class _Ring:
             yield step, keys
 
 
-def some_rows(x: Tensor, rows: slice | Tensor) -> Tensor:
-    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
-
-
-def _put_rows(x: Tensor, rows: slice | Tensor, values: Tensor) -> None:
-    if isinstance(rows, slice):
-        x[rows] = values
-    else:
-        x.index_copy_(0, rows, values.to(x.dtype))
-
-
 def _parts(
     q: Tensor, k: Tensor, v: Tensor, key: Tensor, group: str, options: tuple
-) -> tuple[int, list[tuple[_Ring, slice | Tensor]]]:
+) -> tuple[int, list[tuple[_Ring, SomeRows]]]:
     """How many rows this rank has, and which of them each part's are."""
     sharding, group = Sharding.of(key), group_of(group)
     rank = group.rank()
@@ -159,8 +149,8 @@ def _ring_attention(q, k, v, key, group, *options):
     lse = q.new_zeros(q.shape[:2], dtype=statistics)
     out[size:] = 0
     for ring, rows in parts:
-        for whole, part in zip((out, lse), _forward(ring, *(some_rows(x, rows) for x in (q, k, v))), strict=True):
-            _put_rows(whole, rows, part)
+        for whole, part in zip((out, lse), _forward(ring, *map(rows.of, (q, k, v))), strict=True):
+            rows.put(whole, part)
     return out, lse
 
 
@@ -169,34 +159,28 @@ def _forward(ring: _Ring, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     q, k, v = ring.heads.split([q], [k, v])
     sums = q.new_zeros(*q.shape[:2], 2, dtype=statistics)
     sums[..., 0] = -math.inf
-    total = q.new_zeros(*q.shape[:2], v.shape[2], dtype=statistics)  # of rows that see no key, too
+    total = q.new_empty(*q.shape[:2], v.shape[2], dtype=statistics)
     for step, keys in ring.with_keys(k, v):
         for call in step.calls if step and q.shape[1] else ():
             torch.ops.packseq.attention_accumulate(q, *keys, total, sums, *call, *ring.options)
-    level, weight = sums.unbind(2)
-    lse = level * math.log(2) + weight.log()
-    if ring.sinks is not None:
-        lse, weight = torch.logaddexp(lse, ring.sinks), weight + torch.exp2(ring.sinks * (1 / math.log(2)) - level)
-    weight = weight.masked_fill(sums[..., 1] == 0, 1)[..., None]  # no key: zeros as they are
-    total = torch.div(total, weight, out=total.new_empty(0, dtype=q.dtype))  # in one pass
-    return ring.heads.join([total, lse])
+    out, lse = q.new_empty(total.shape), sums.new_empty(q.shape[:2])
+    torch.ops.packseq.attention_finish(total, sums, ring.sinks, out, lse)
+    return ring.heads.join([out, lse])
 
 
 def _ring_attention_backward(dout, dlse, q, k, v, out, lse, key, group, *options):
     size, parts = _parts(q, k, v, key, group, options)
     sinks = options[-2]
-    delta = (dout * out.to(lse.dtype)).sum(2)
-    if dlse is not None:
-        delta -= dlse
+    delta = torch.ops.packseq.attention_delta(dout, out, dlse)
     dsinks = lse.new_empty(0)
     if sinks is not None:
         seen = lse[:size] > -math.inf
         dsinks = -(torch.where(seen, (sinks - lse[:size]).exp() * delta[:size], 0)).sum(0)
     gradients = [x.new_zeros(x.shape) for x in (q, k, v)]
     for ring, rows in parts:
-        found = _backward_of(ring, *(some_rows(x, rows) for x in (dout, delta, q, k, v, lse)))
+        found = _backward_of(ring, *map(rows.of, (dout, delta, q, k, v, lse)))
         for whole, part in zip(gradients, found, strict=True):
-            _put_rows(whole, rows, part)
+            rows.put(whole, part)
     return *gradients, dsinks
 
 
@@ -206,7 +190,7 @@ def _backward_of(
     q, dout, lse, delta, k, v = ring.heads.split([q, dout, lse, delta], [k, v])
     dq = q.new_zeros(q.shape, dtype=lse.dtype)
     dk, dv = (x.new_empty(x.shape, dtype=lse.dtype) for x in (k, v))
-    returning = None  # the gradients of the step before, on their way to whom the keys and values are
+    returning = None  # the gradients of the step before, on their way to whom the keys and values are, added there
     for step, keys in ring.with_keys(k, v):
         mine = step is not None and step.shift == 0  # every row sees itself: all of them, as they stand
         dkeys = [dk, dv] if mine else [x.new_empty(x.shape, dtype=lse.dtype) for x in keys]
@@ -214,23 +198,16 @@ def _backward_of(
             torch.ops.packseq.attention_accumulate_backward(
                 dout, delta, q, *keys, lse, dq, *dkeys, i > 0, *call, *ring.options
             )
-        _take_back(returning, dk, dv)
-        returning = None
+        if returning:
+            returning.wait()
+            returning = None
         if step is not None and not mine:
-            arriving = [x.new_empty(step.sends, *x.shape[1:]) for x in dkeys]
-            returning = ring.transfer(dkeys, arriving, -step.shift, "their gradients"), step.send, arriving
-    _take_back(returning, dk, dv)
+            arriving = [x.new_empty(step.send.count, *x.shape[1:]) for x in dkeys]
+            add = partial(step.send.add, [dk, dv], arriving)
+            returning = ring.transfer(dkeys, arriving, -step.shift, "their gradients", then=add, uses=[dk, dv])
+    if returning:
+        returning.wait()
     return ring.heads.join([dq], [dk, dv])
-
-
-def _take_back(returning: tuple[Transfer, slice | Tensor, list[Tensor]] | None, dk: Tensor, dv: Tensor) -> None:
-    """Adds the gradients of keys and values that went out to those that stayed."""
-    if returning is None:
-        return
-    transfer, rows, arrived = returning
-    transfer.wait()
-    for total, part in zip((dk, dv), arrived, strict=True):
-        total[rows] += part  # no row twice
 
 
 register_python_kernel("ring_attention", _ring_attention)

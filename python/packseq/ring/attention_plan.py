@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .sharding import Sharding
+from .some_rows import SomeRows
 
 _FAR = 1 << 31
 
@@ -39,8 +40,7 @@ class Step:
     """A rank sends keys and values to the rank so many places on, and gets as many as it needs from that before it."""
 
     shift: int
-    send: slice | Tensor  # which of its rows go
-    sends: int  # so many
+    send: SomeRows  # which of its rows go
     receives: int
     calls: list[Call]
 
@@ -56,7 +56,7 @@ def attention_plan(sharding: Sharding, mask: Mask, rank: int, device: torch.devi
         if not needs.total and not gives.total:
             plan.append(None)
             continue
-        plan.append(Step(shift, gives.rows(device), gives.total, needs.total, needs.calls(mask, device)))
+        plan.append(Step(shift, gives.rows(device), needs.total, needs.calls(mask, device)))
     return plan
 
 
@@ -112,13 +112,11 @@ class _Fetch:
         self.ends = (self.end - self.begin).cumsum(0)  # of each piece's rows, among those fetched
         self.total = int(self.ends[-1]) if count else 0
 
-    def rows(self, device: torch.device) -> slice | Tensor:
+    def rows(self, device: torch.device) -> SomeRows:
         """Among the rows of the rank that has them."""
         first = self.sharding.first_rows[self.pieces] + self.begin - self.sharding.pieces[self.pieces, 2]
         sizes = self.end - self.begin
-        rows = torch.arange(self.total) + (first - self.ends + sizes).repeat_interleave(sizes)
-        begin, end = (int(rows[0]), int(rows[-1]) + 1) if self.total else (0, 0)
-        return slice(begin, end) if end - begin == self.total else rows.to(device)
+        return SomeRows(torch.arange(self.total) + (first - self.ends + sizes).repeat_interleave(sizes), device)
 
     def calls(self, mask: Mask, device: torch.device) -> list[Call]:
         if not self.total:

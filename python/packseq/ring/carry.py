@@ -24,7 +24,31 @@ def pieces_of(sharding: Sharding, group: Group, like: Tensor, reverse: bool) -> 
     return Pieces(*torch.ops.packseq.ring_pieces(like, sharding.key, name_of(group), reverse))
 
 
-def of_carrying_pieces(
+def states_before(
+    summaries: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    A: Tensor,
+    pieces: Pieces,
+    sharding: Sharding,
+    group: Group,
+    initial_states: Tensor | None,
+    reverse: bool,
+) -> Tensor | None:
+    """The states that this rank's pieces start from, of ``h[t] = exp(d[t] A) h[t - 1] + ...``; None: zeros.
+
+    Args:
+        summaries: of pieces, by their boundaries and the run of this rank's rows that they have: the states that they
+            end with when they start from zeros, ``[pieces, channels, N]``, and the sum of ``d`` over each,
+            ``[pieces, channels]``: all of it decays by ``exp(sum * A)``.
+        A: ``[channels, N]``.
+        initial_states: those of the sequences, ``[sequences, channels, N]``; None: zeros.
+    """
+    if torch.compiler.is_compiling() or sharding.cut:  # compiled, it is not known
+        finals, steps = _of_carrying_pieces(summaries, pieces, sharding, group, reverse)
+        return _carried(finals, steps, A, pieces, sharding, group, initial_states, reverse)
+    return None if initial_states is None else initial_states.index_select(0, pieces.sequences)
+
+
+def _of_carrying_pieces(
     summaries: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
     pieces: Pieces,
     sharding: Sharding,
@@ -56,7 +80,7 @@ def _carrying(sharding: Sharding, rank: int, reverse: bool) -> tuple[int, int]:
     return sharding.cached(("carrying", rank, reverse), make)
 
 
-def carried_states(
+def _carried(
     finals: Tensor,
     steps: Tensor,
     A: Tensor,
@@ -66,14 +90,6 @@ def carried_states(
     initial_states: Tensor | None,
     reverse: bool,
 ) -> Tensor:
-    """The states that this rank's pieces start from, of ``h[t] = exp(d[t] A) h[t - 1] + ...``.
-
-    Args:
-        finals: the states that the pieces end with when they start from zeros, ``[pieces, channels, N]``.
-        steps: the sum of ``d`` over each piece, ``[pieces, channels]``: all of it decays by ``exp(steps * A)``.
-        A: ``[channels, N]``.
-        initial_states: those of the sequences, ``[sequences, channels, N]``; None: zeros.
-    """
     states = torch.view_as_real(finals).flatten(2) if finals.is_complex() else finals
     earlier = pieces_before(torch.cat([states, steps[..., None]], 2), sharding, group, reverse)
     earlier, steps = earlier[..., :-1], earlier[..., -1]  # [pieces, most, channels, ...]

@@ -9,7 +9,7 @@ import contextlib
 import json
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -95,7 +95,12 @@ class Communicator:
         return f"Communicator(rank {self.rank} of {self.size} on {self.device}, global ranks {list(self.ranks)})"
 
     def exchange(
-        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], label: str = ""
+        self,
+        sends: Sequence[tuple[Tensor, int]],
+        receives: Sequence[tuple[Tensor, int]],
+        label: str = "",
+        then: Callable[[], None] | None = None,
+        uses: Sequence[Tensor] = (),
     ) -> "Exchange":
         """Sends tensors to peers and receives others, as one step, behind what the current stream was given so far.
 
@@ -106,6 +111,9 @@ class Communicator:
             sends, receives: ``(tensor, peer)`` pairs; contiguous tensors on this communicator's GPU, any dtype. What is
                 sent must not be changed, and what is received not be used, before :meth:`Exchange.wait`.
             label: what errors call the step, beside its number.
+            then: called at once, with this communicator's stream as the current one: what it launches comes behind the
+                step, and :meth:`Exchange.wait` waits for it too. Its tensors that are not received are in ``uses``.
+            uses: kept like those sent and received.
 
         Raises:
             ValueError: a tensor or a peer is wrong.
@@ -120,7 +128,12 @@ class Communicator:
                     )
         stream = torch.cuda.current_stream(self.device)
         ticket = self._core.exchange(_transfers(sends), _transfers(receives), stream.cuda_stream, label)
-        return Exchange(self, ticket, [tensor for tensor, _ in (*sends, *receives)], stream)
+        exchange = Exchange(self, ticket, [*(tensor for tensor, _ in (*sends, *receives)), *uses], stream)
+        if then:
+            with torch.cuda.stream(self.stream):
+                then()
+            exchange.behind = self.stream.record_event()
+        return exchange
 
     def check(self) -> None:
         """Raises what has gone wrong so far, if anything has. Does not wait."""
@@ -216,18 +229,23 @@ class Exchange:
 
     def __init__(self, of: Communicator, ticket: int, tensors: list[Tensor], stream: torch.cuda.Stream):
         self.ticket = ticket
+        self.behind: torch.cuda.Event | None = None  # what was to be done then is done
         self._of, self._tensors, self._stream = of, tensors, stream
 
     def wait(self) -> None:
         """Makes the current stream wait for the step. Does not wait on the host."""
         stream = torch.cuda.current_stream(self._of.device)
         self._of._core.wait(self.ticket, stream.cuda_stream)
+        if self.behind:
+            stream.wait_event(self.behind)
         if stream == self._stream:
             self._tensors = []  # whoever gets their memory on this stream comes after the step
 
     def synchronize(self) -> None:
         """Waits for the step on the host, and raises RuntimeError if it failed. Not for steps in a graph."""
         self._of._core.synchronize(self.ticket)
+        if self.behind:
+            self.behind.synchronize()
         self._tensors = []
 
     def __del__(self):

@@ -1,6 +1,6 @@
 """Tensors between ranks: several sends and receives at once, and the operators ring_exchange and all_to_all."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -76,25 +76,34 @@ def all_to_all(
 class Transfer:
     """Sends and receives under way; ``wait()`` once, before the received tensors are read."""
 
-    def __init__(self, works: list[tuple[dist.Work, str]]):
-        self._works = works
+    def __init__(self, works: list[tuple[dist.Work, str]], then: Callable[[], None] | None):
+        self._works, self._then = works, then
 
     def wait(self) -> None:
         for work, what in self._works:
             with _named(what):
                 work.wait()
-        self._works = []
+        if self._then:
+            self._then()
+        self._works, self._then = [], None
 
 
 def start(
-    sends: list[tuple[Tensor, int]], receives: list[tuple[Tensor, int]], group: ProcessGroup, step: str
+    sends: list[tuple[Tensor, int]],
+    receives: list[tuple[Tensor, int]],
+    group: ProcessGroup,
+    step: str,
+    then: Callable[[], None] | None = None,
+    uses: Sequence[Tensor] = (),
 ) -> Transfer | Exchange:
     """Starts contiguous tensors on their way to ranks of the group, and from them into others; those without elements
-    stay at home. ``step`` is what an error calls it. Both ends name each other in the same order."""
+    stay at home. ``step`` is what an error calls it. Both ends name each other in the same order. ``then`` does
+    something with what has come, and with the tensors that it ``uses``, before ``wait()`` is over: on a GPU beside what
+    that computes."""
     device = next((x.device for x, _ in (*sends, *receives)), torch.device("cpu"))
     sends, receives = ([(x, peer) for x, peer in xs if x.numel()] for xs in (sends, receives))
     if needs_communicator(device, group):
-        return communicator(group).exchange(sends, receives, step)
+        return communicator(group).exchange(sends, receives, step, then, uses)
     rank = group.rank()
     mine = [x for x, peer in sends if peer == rank]
     for (x, _), y in zip([x for x in receives if x[1] == rank], mine, strict=True):
@@ -106,7 +115,7 @@ def start(
                 what = f"{step} ({way} rank {dist.get_global_rank(group, peer)})"
                 with _named(what):
                     works.append((call(x.view(-1).view(torch.uint8), group=group, **{key: peer}), what))
-    return Transfer(works)
+    return Transfer(works, then)
 
 
 def needs_communicator(device: torch.device, group: ProcessGroup) -> bool:

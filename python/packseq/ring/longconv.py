@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .._boundaries import slack_rows
 from ..longconv import check_modes, long_conv, scan_modes, wide
-from .carry import carried_states, of_carrying_pieces, pieces_of, states_of_sequences
+from .carry import pieces_of, states_before, states_of_sequences
 from .groups import Group
 from .sharding import Sharding
 
@@ -40,16 +40,15 @@ def ring_long_conv(
     """
     check_modes(modes, u, None)
     pieces = pieces_of(sharding, group, u, reverse)
-    slack = slack_rows(pieces.cu_seqlens, u.shape[0])[:, None]  # NaN must not come from there
-    rows = wide(u.masked_fill(slack, 0))
-    rows = rows if pre_gate is None else wide(pre_gate.masked_fill(slack, 0)) * rows
 
     def summaries(cu_seqlens: Tensor, of: slice) -> tuple[Tensor, Tensor]:
+        slack = slack_rows(pieces.cu_seqlens, u.shape[0])[:, None]  # NaN must not come from there
+        rows = wide(u.masked_fill(slack, 0))
+        rows = rows if pre_gate is None else wide(pre_gate.masked_fill(slack, 0)) * rows
         _, finals = scan_modes(rows[of], modes, cu_seqlens=cu_seqlens, reverse=reverse)
         return finals, cu_seqlens.diff().to(rows.dtype)[:, None].expand(-1, u.shape[1])
 
-    finals, steps = of_carrying_pieces(summaries, pieces, sharding, group, reverse)
-    states = carried_states(finals, steps, modes[0], pieces, sharding, group, initial_states, reverse)
+    states = states_before(summaries, modes[0], pieces, sharding, group, initial_states, reverse)
     options = {"D": D, "pre_gate": pre_gate, "gate": gate, "reverse": reverse, "modes": modes}
     options |= {"initial_states": states, "return_final_states": return_final_states}
     out = long_conv(u, k, pieces.cu_seqlens, **options)

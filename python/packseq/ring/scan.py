@@ -7,7 +7,7 @@ from torch import Tensor
 from .._boundaries import slack_rows
 from .._registration import widened
 from ..scan import causal_conv1d, selective_scan
-from .carry import carried_states, of_carrying_pieces, pieces_of, states_of_sequences
+from .carry import pieces_of, states_before, states_of_sequences
 from .gather import halo
 from .groups import Group
 from .sharding import Sharding
@@ -64,8 +64,7 @@ def ring_selective_scan(
             return finals, steps
         return finals, torch.segment_reduce(steps, "sum", offsets=cu_seqlens.long(), axis=0, unsafe=True)
 
-    finals, steps = of_carrying_pieces(summaries, pieces, sharding, group, reverse)
-    states = carried_states(finals, steps, A, pieces, sharding, group, initial_states, reverse)
+    states = states_before(summaries, A, pieces, sharding, group, initial_states, reverse)
     options |= {"D": D, "z": z, "initial_states": states, "return_final_states": return_final_states}
     out = selective_scan(u, delta, A, B, C, pieces.cu_seqlens, **options)
     if not return_final_states:

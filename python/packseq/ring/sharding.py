@@ -9,6 +9,8 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from .some_rows import SomeRows
+
 T = TypeVar("T")
 Lengths = Tensor | Sequence[int]
 
@@ -85,6 +87,11 @@ class Sharding:
         return before - of_ranks[self.pieces[:, 0]]
 
     @cached_property
+    def cut(self) -> bool:
+        """Whether any sequence is of several pieces."""
+        return len(self.pieces) > int((self.cu_seqlens.diff() > 0).sum())
+
+    @cached_property
     def nth(self) -> Tensor:
         """The place of each piece among those that its rank has of its sequence."""
         number = self.pieces[:, 0] * self.sequences + self.pieces[:, 1]
@@ -157,16 +164,13 @@ class Part(NamedTuple):
     shards: Sharding  # over ``world / ulysses``
     ranks: Sharding  # over ``world``
 
-    def rows(self, rank: int, whole: Sharding, device: torch.device) -> slice | Tensor:
-        """Where the rank's rows of these sequences stand among all of its rows."""
-        mine, rest = self.ranks.sizes[rank], whole.sizes[rank]
-        if mine in (0, rest):
-            return slice(0, mine)
-        return self.ranks.cached(("among", rank, device), lambda: self._among(rank, whole).to(device))
+    def rows(self, rank: int, whole: Sharding, device: torch.device) -> SomeRows:
+        """Where the rank's rows of these sequences stand among all of its rows; both stand in the batch's order."""
 
-    def _among(self, rank: int, whole: Sharding) -> Tensor:
-        """Both stand in the batch's order."""
-        return torch.searchsorted(whole.rows(rank), self.ranks.rows(rank))
+        def make() -> SomeRows:
+            return SomeRows(torch.searchsorted(whole.rows(rank), self.ranks.rows(rank)), device)
+
+        return self.ranks.cached(("among", rank, device), make)
 
 
 def shard(
