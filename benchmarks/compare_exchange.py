@@ -1,4 +1,4 @@
-"""ring_exchange against torch's own batch_isend_irecv, both ways round the ring at once: GB/s that a rank sends.
+"""ring_exchange against torch's batch_isend_irecv, one way round the ring, then the other: GB/s that a rank sends.
 
 torchrun --nproc-per-node 2 benchmarks/compare_exchange.py --out benchmarks/results/h200-x2
 """
@@ -23,14 +23,15 @@ def ours(tensors: list[Tensor]) -> list[Tensor]:
 
 def theirs(tensors: list[Tensor]) -> list[Tensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    received, calls = [], []
+    received = []
     for shift in (1, -1):
+        calls = []
         for x in tensors:
             received.append(torch.empty_like(x))
             calls.append(dist.P2POp(dist.isend, x, (rank + shift) % world))
             calls.append(dist.P2POp(dist.irecv, received[-1], (rank - shift) % world))
-    for work in dist.batch_isend_irecv(calls):
-        work.wait()
+        for work in dist.batch_isend_irecv(calls):
+            work.wait()
     return received
 
 
