@@ -1,5 +1,6 @@
 """Scans and convolutions over ranks are those on one: outputs, final states and every gradient, on any batch."""
 
+import itertools
 from collections.abc import Callable
 
 import packseq
@@ -9,7 +10,7 @@ from compare import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import boundaries
-from packseq.ring import ring_causal_conv1d, ring_long_conv, ring_selective_scan, shard
+from packseq.ring import carry, ring_causal_conv1d, ring_long_conv, ring_selective_scan, shard
 from ranks import WORLDS, ranks
 from scan_cases import EVERYTHING, MAMBA, ConvCase, ScanCase
 from scan_inputs import conv_inputs, scan_inputs
@@ -207,6 +208,19 @@ def runs_of(group, rank: int, case, spread: dict) -> list[str]:
     with torch.profiler.profile() as trace:
         on_rank(group, rank, case, spread, "cpu")
     return [event.name for event in trace.events() if event.name in ("packseq::selective_scan", "packseq::long_conv")]
+
+
+@pytest.mark.parametrize("lengths", [(), (1,), (64, 65), (4097, 3, 4096, 70), (300_000,)], ids=str)
+def test_sums_of_pieces(lengths):
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    levels = carry._levels(bounds)
+    for below, level in itertools.pairwise(levels):
+        assert (below.diff() <= 64).all()
+        assert level[-1] == len(below) - 1
+    assert len(levels[-1]) == len(bounds)
+    x = torch.randn(int(bounds[-1]), 2, dtype=torch.float64)
+    expected = [part.sum(0) for part in x.split(list(lengths))] if lengths else []
+    torch.testing.assert_close(carry._sums(x, levels), torch.stack(expected) if lengths else x[:0])
 
 
 @pytest.mark.parametrize("initial_states", [False, True])

@@ -1,6 +1,7 @@
 """States from piece to piece: what a sequence's earlier pieces, wherever they are, leave to its later ones."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,14 @@ def pieces_of(sharding: Sharding, group: Group, like: Tensor, reverse: bool) -> 
     return Pieces(*torch.ops.packseq.ring_pieces(like, sharding.key, name_of(group), reverse))
 
 
+# summaries(cu_seqlens, rows, sums), of pieces by their boundaries and the run of this rank's rows that they have: the
+# states that they end with when they start from zeros, [pieces, channels, N], and the sum of d over each, [pieces,
+# channels]; sums(x) sums rows over each piece.
+Summaries = Callable[[Tensor, slice, Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
+
+
 def states_before(
-    summaries: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
+    summaries: Summaries,
     A: Tensor,
     pieces: Pieces,
     sharding: Sharding,
@@ -36,10 +43,7 @@ def states_before(
     """The states that this rank's pieces start from, of ``h[t] = exp(d[t] A) h[t - 1] + ...``; None: zeros.
 
     Args:
-        summaries: of pieces, by their boundaries and the run of this rank's rows that they have: the states that they
-            end with when they start from zeros, ``[pieces, channels, N]``, and the sum of ``d`` over each,
-            ``[pieces, channels]``: all of it decays by ``exp(sum * A)``.
-        A: ``[channels, N]``.
+        A: ``[channels, N]``: a piece decays what it starts from by ``exp(sum of d * A)``.
         initial_states: those of the sequences, ``[sequences, channels, N]``; None: zeros.
     """
     if torch.compiler.is_compiling() or sharding.cut:  # compiled, it is not known
@@ -49,23 +53,47 @@ def states_before(
 
 
 def _of_carrying_pieces(
-    summaries: Callable[[Tensor, slice], tuple[Tensor, Tensor]],
-    pieces: Pieces,
-    sharding: Sharding,
-    group: Group,
-    reverse: bool,
+    summaries: Summaries, pieces: Pieces, sharding: Sharding, group: Group, reverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """``summaries(cu_seqlens, rows)``, which have a row for each piece: of the run of this rank's pieces that others of
-    their sequences follow, and the rows that they have; zeros for the rest. (Compiled, of all: which they are is not
-    known then.)"""
+    """The summaries of the run of this rank's pieces that others of their sequences follow; zeros for the rest.
+    (Compiled, of all: which they are is not known then.)"""
     if torch.compiler.is_compiling():
-        return summaries(pieces.cu_seqlens, slice(None))
-    begin, end = _carrying(sharding, resolve(group).rank(), reverse)
-    bounds = sharding.local_cu_seqlens(resolve(group).rank())
+        return summaries(pieces.cu_seqlens, slice(None), partial(_sums, levels=[pieces.cu_seqlens.long()]))
+    rank, device = resolve(group).rank(), pieces.cu_seqlens.device
+    begin, end = _carrying(sharding, rank, reverse)
+    bounds = sharding.local_cu_seqlens(rank)
     first, last = bounds[begin].item(), bounds[end].item()
-    some = summaries(pieces.cu_seqlens[begin : end + 1] - first, slice(first, last))
+
+    def levels() -> list[Tensor]:
+        return [x.to(device) for x in _levels(bounds[begin : end + 1].long() - first)]
+
+    levels = sharding.cached(("levels", rank, reverse, device), levels)
+    some = summaries(pieces.cu_seqlens[begin : end + 1] - first, slice(first, last), partial(_sums, levels=levels))
     count = len(bounds) - 1
     return tuple(torch.cat([x.new_zeros(begin, *x.shape[1:]), x, x.new_zeros(count - end, *x.shape[1:])]) for x in some)
+
+
+_RUN = 64  # rows that are summed one after another
+
+
+def _levels(bounds: Tensor) -> list[Tensor]:
+    """Boundaries of runs of rows, of runs of these sums, and so on up to the pieces': each piece by its own length."""
+    levels = []
+    while len(bounds) > 1 and int(bounds.diff().max()) > _RUN:
+        runs = (bounds.diff() + _RUN - 1) // _RUN
+        ends = runs.cumsum(0)
+        nth = torch.arange(int(ends[-1])) - (ends - runs).repeat_interleave(runs)
+        levels.append(torch.cat([bounds[:-1].repeat_interleave(runs) + _RUN * nth, bounds[-1:]]))
+        bounds = torch.cat([ends.new_zeros(1), ends])
+    return [*levels, bounds]
+
+
+def _sums(x: Tensor, levels: list[Tensor]) -> Tensor:
+    if len(levels[-1]) == 1:  # no piece: what would be launched on a GPU would be empty
+        return x[:0]
+    for bounds in levels:
+        x = torch.segment_reduce(x, "sum", offsets=bounds, axis=0, unsafe=True)
+    return x
 
 
 def _carrying(sharding: Sharding, rank: int, reverse: bool) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def ring_long_conv(
     check_modes(modes, u, None)
     pieces = pieces_of(sharding, group, u, reverse)
 
-    def summaries(cu_seqlens: Tensor, of: slice) -> tuple[Tensor, Tensor]:
+    def summaries(cu_seqlens: Tensor, of: slice, _) -> tuple[Tensor, Tensor]:
         slack = slack_rows(pieces.cu_seqlens, u.shape[0])[:, None]  # NaN must not come from there
         rows = wide(u.masked_fill(slack, 0))
         rows = rows if pre_gate is None else wide(pre_gate.masked_fill(slack, 0)) * rows

@@ -1,8 +1,12 @@
 """Mamba's selective scan and its convolution over sequences that are spread over ranks."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from .._boundaries import slack_rows
 from .._registration import widened
 from ..scan import causal_conv1d, selective_scan
 from .carry import pieces_of, states_before, states_of_sequences
@@ -54,10 +58,10 @@ def ring_selective_scan(
     pieces = pieces_of(sharding, group, u, reverse)
     options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "reverse": reverse}
 
-    def summaries(cu_seqlens: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def summaries(cu_seqlens: Tensor, rows: slice, sums: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         some = u[rows], delta[rows], A, *(x[rows] if x.dim() == 3 else x for x in (B, C))
         _, finals = selective_scan(*some, cu_seqlens, return_final_states=True, **options)
-        return finals, _sums_of_steps(some[1], A, cu_seqlens, **options)
+        return finals, sums(_step_sizes(some[1], delta_bias, delta_softplus, A, cu_seqlens))
 
     states = states_before(summaries, A, pieces, sharding, group, initial_states, reverse)
     options |= {"D": D, "z": z, "initial_states": states, "return_final_states": return_final_states}
@@ -106,9 +110,9 @@ def ring_causal_conv1d(
     return out[0], states_of_sequences(out[1], sharding, group, initial_states, reverse)
 
 
-def _sums_of_steps(delta: Tensor, A: Tensor, cu_seqlens: Tensor, **options) -> Tensor:
-    """Of each sequence, ``[sequences, channels]``: what a state that never decays adds up."""
-    u = delta.new_ones(1, 1).expand_as(delta)
-    still = torch.zeros_like(A.real[:, :1])
-    _, sums = selective_scan(u, delta, still, still + 1, still, cu_seqlens, return_final_states=True, **options)
-    return sums[:, :, 0]
+def _step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool, A: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """As the scan has them, zeros in slack rows, in the states' real dtype."""
+    slack = slack_rows(cu_seqlens, delta.shape[0])[:, None]
+    steps = delta.masked_fill(slack, 0).to(A.real.dtype)
+    steps = steps if bias is None else steps + bias
+    return F.softplus(steps) if softplus else steps
