@@ -25,10 +25,18 @@ def pieces_of(sharding: Sharding, group: Group, like: Tensor, reverse: bool) -> 
     return Pieces(*torch.ops.packseq.ring_pieces(like, sharding.key, name_of(group), reverse))
 
 
-# summaries(cu_seqlens, rows, sums), of pieces by their boundaries and the run of this rank's rows that they have: the
-# states that they end with when they start from zeros, [pieces, channels, N], and the sum of d over each, [pieces,
-# channels]; sums(x) sums rows over each piece.
-Summaries = Callable[[Tensor, slice, Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]]
+class Some(NamedTuple):
+    """A run of a rank's pieces."""
+
+    rows: slice  # of the rank's
+    cu_seqlens: Tensor  # int32 [pieces + 1]
+    lengths: list[int] | None  # None where it is compiled
+    sums: Callable[[Tensor], Tensor]  # of rows, over each piece
+
+
+# Of pieces: the states that they end with when they start from zeros, [pieces, channels, N], and sums of d over each,
+# [pieces, channels].
+Summaries = Callable[[Some], tuple[Tensor, Tensor]]
 
 
 def states_before(
@@ -58,28 +66,33 @@ def _of_carrying_pieces(
     """The summaries of the run of this rank's pieces that others of their sequences follow; zeros for the rest.
     (Compiled, of all: which they are is not known then.)"""
     if torch.compiler.is_compiling():
-        return summaries(pieces.cu_seqlens, slice(None), partial(_sums, levels=[pieces.cu_seqlens.long()]))
+        sums = partial(_sums, levels=[pieces.cu_seqlens.long()])
+        return summaries(Some(slice(None), pieces.cu_seqlens, None, sums))
     rank, device = resolve(group).rank(), pieces.cu_seqlens.device
     begin, end = _carrying(sharding, rank, reverse)
-    bounds = sharding.local_cu_seqlens(rank)
-    first, last = bounds[begin].item(), bounds[end].item()
+    bounds = sharding.local_cu_seqlens(rank)[begin : end + 1].long()
+    first, last = int(bounds[0]), int(bounds[-1])
 
     def levels() -> list[Tensor]:
-        return [x.to(device) for x in _levels(bounds[begin : end + 1].long() - first)]
+        return [x.to(device) for x in _levels(bounds - first)]
 
-    levels = sharding.cached(("levels", rank, reverse, device), levels)
-    some = summaries(pieces.cu_seqlens[begin : end + 1] - first, slice(first, last), partial(_sums, levels=levels))
-    count = len(bounds) - 1
-    return tuple(torch.cat([x.new_zeros(begin, *x.shape[1:]), x, x.new_zeros(count - end, *x.shape[1:])]) for x in some)
+    sums = partial(_sums, levels=sharding.cached(("levels", rank, reverse, device), levels))
+    cu_seqlens = pieces.cu_seqlens[begin : end + 1] - first
+    found = summaries(Some(slice(first, last), cu_seqlens, bounds.diff().tolist(), sums))
+    after = len(pieces.cu_seqlens) - 1 - end
+    return tuple(torch.cat([x.new_zeros(begin, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])]) for x in found)
 
 
 _RUN = 64  # rows that are summed one after another
 
 
 def _levels(bounds: Tensor) -> list[Tensor]:
-    """Boundaries of runs of rows, of runs of these sums, and so on up to the pieces': each piece by its own length."""
+    """Boundaries of runs of rows, of runs of these sums, and so on up to the pieces': each piece by its own length. Of
+    no piece none: what would be launched on a GPU would be empty."""
     levels = []
-    while len(bounds) > 1 and int(bounds.diff().max()) > _RUN:
+    if len(bounds) == 1:
+        return levels
+    while int(bounds.diff().max()) > _RUN:
         runs = (bounds.diff() + _RUN - 1) // _RUN
         ends = runs.cumsum(0)
         nth = torch.arange(int(ends[-1])) - (ends - runs).repeat_interleave(runs)
@@ -89,8 +102,6 @@ def _levels(bounds: Tensor) -> list[Tensor]:
 
 
 def _sums(x: Tensor, levels: list[Tensor]) -> Tensor:
-    if len(levels[-1]) == 1:  # no piece: what would be launched on a GPU would be empty
-        return x[:0]
     for bounds in levels:
         x = torch.segment_reduce(x, "sum", offsets=bounds, axis=0, unsafe=True)
     return x

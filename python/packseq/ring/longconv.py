@@ -1,11 +1,13 @@
 """The long convolution over sequences that are spread over ranks, where the filter is a state space model's."""
 
+import torch
 from torch import Tensor
 
 from .._boundaries import slack_rows
+from ..filters import vandermonde_conj, vandermonde_transpose
 from ..longconv import check_modes, long_conv, scan_modes, wide
-from .carry import pieces_of, states_before, states_of_sequences
-from .groups import Group
+from .carry import Some, pieces_of, states_before, states_of_sequences
+from .groups import Group, resolve
 from .sharding import Sharding
 
 
@@ -40,18 +42,61 @@ def ring_long_conv(
     """
     check_modes(modes, u, None)
     pieces = pieces_of(sharding, group, u, reverse)
+    slack = slack_rows(pieces.cu_seqlens, u.shape[0])[:, None]  # NaN must not come from there
 
-    def summaries(cu_seqlens: Tensor, of: slice, _) -> tuple[Tensor, Tensor]:
-        slack = slack_rows(pieces.cu_seqlens, u.shape[0])[:, None]  # NaN must not come from there
-        rows = wide(u.masked_fill(slack, 0))
-        rows = rows if pre_gate is None else wide(pre_gate.masked_fill(slack, 0)) * rows
-        _, finals = scan_modes(rows[of], modes, cu_seqlens=cu_seqlens, reverse=reverse)
-        return finals, cu_seqlens.diff().to(rows.dtype)[:, None].expand(-1, u.shape[1])
+    def without_slack(x: Tensor) -> Tensor:
+        return wide(x.masked_fill(slack, 0))
+
+    def gated() -> Tensor:
+        return without_slack(u) if pre_gate is None else without_slack(pre_gate) * without_slack(u)
+
+    def summaries(some: Some) -> tuple[Tensor, Tensor]:
+        rows = gated()[some.rows]
+        steps = some.cu_seqlens.diff().to(rows.dtype)[:, None].expand(-1, u.shape[1])
+        if _few(some.lengths):
+            return _final_states(rows, some.lengths, modes, reverse), steps
+        return scan_modes(rows, modes, cu_seqlens=some.cu_seqlens, reverse=reverse)[1], steps
 
     states = states_before(summaries, modes[0], pieces, sharding, group, initial_states, reverse)
-    options = {"D": D, "pre_gate": pre_gate, "gate": gate, "reverse": reverse, "modes": modes}
-    options |= {"initial_states": states, "return_final_states": return_final_states}
+    options = {"D": D, "pre_gate": pre_gate, "gate": gate, "reverse": reverse}
+    lengths = None
+    if not torch.compiler.is_compiling():
+        lengths = sharding.lengths[sharding.of_rank[resolve(group).rank()]].tolist()
+    if not _few(lengths):
+        options |= {"modes": modes, "initial_states": states, "return_final_states": return_final_states}
+        out = long_conv(u, k, pieces.cu_seqlens, **options)
+        if not return_final_states:
+            return out
+        return out[0], states_of_sequences(out[1], sharding, group, initial_states, reverse)
     out = long_conv(u, k, pieces.cu_seqlens, **options)
+    if states is not None:
+        response = _responses(states, lengths, modes, reverse)
+        response = torch.cat([response, response.new_zeros(u.shape[0] - sum(lengths), u.shape[1])])
+        out = (wide(out) + (response if gate is None else without_slack(gate) * response)).to(out.dtype)
     if not return_final_states:
         return out
-    return out[0], states_of_sequences(out[1], sharding, group, initial_states, reverse)
+    ends = _final_states(gated()[: sum(lengths)], lengths, modes, reverse)
+    if states is not None:
+        ends = ends + (modes[0] * pieces.cu_seqlens.diff()[:, None, None]).exp() * states
+    return out, states_of_sequences(ends, sharding, group, initial_states, reverse)
+
+
+_MOST_PIECES = 64  # that are taken one by one; of more each is short, and a scan goes over all of them at once
+
+
+def _few(lengths: list[int] | None) -> bool:
+    return lengths is not None and 1 <= len(lengths) <= _MOST_PIECES
+
+
+def _final_states(rows: Tensor, lengths: list[int], modes: tuple[Tensor, Tensor, Tensor], reverse: bool) -> Tensor:
+    """Of pieces that start from zeros, ``[pieces, channels, N]``: every row's power of the modes is known."""
+    x, B, _ = modes
+    backwards = (part if reverse else part.flip(0) for part in rows.split(lengths))
+    return B * torch.stack([vandermonde_transpose(part.T, x) for part in backwards])
+
+
+def _responses(states: Tensor, lengths: list[int], modes: tuple[Tensor, Tensor, Tensor], reverse: bool) -> Tensor:
+    """To what the pieces start from, ``[rows, channels]``."""
+    x, _, C = modes
+    parts = (vandermonde_conj(v, x, n).T for v, n in zip(C * x.exp() * states, lengths, strict=True))
+    return torch.cat([part.flip(0) if reverse else part for part in parts])

@@ -1,7 +1,5 @@
 """Mamba's selective scan and its convolution over sequences that are spread over ranks."""
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +7,7 @@ from torch import Tensor
 from .._boundaries import slack_rows
 from .._registration import widened
 from ..scan import causal_conv1d, selective_scan
-from .carry import pieces_of, states_before, states_of_sequences
+from .carry import Some, pieces_of, states_before, states_of_sequences
 from .gather import halo
 from .groups import Group
 from .sharding import Sharding
@@ -58,10 +56,10 @@ def ring_selective_scan(
     pieces = pieces_of(sharding, group, u, reverse)
     options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "reverse": reverse}
 
-    def summaries(cu_seqlens: Tensor, rows: slice, sums: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        some = u[rows], delta[rows], A, *(x[rows] if x.dim() == 3 else x for x in (B, C))
-        _, finals = selective_scan(*some, cu_seqlens, return_final_states=True, **options)
-        return finals, sums(_step_sizes(some[1], delta_bias, delta_softplus, A, cu_seqlens))
+    def summaries(some: Some) -> tuple[Tensor, Tensor]:
+        rows = u[some.rows], delta[some.rows], A, *(x[some.rows] if x.dim() == 3 else x for x in (B, C))
+        _, finals = selective_scan(*rows, some.cu_seqlens, return_final_states=True, **options)
+        return finals, some.sums(_step_sizes(rows[1], delta_bias, delta_softplus, A, some.cu_seqlens))
 
     states = states_before(summaries, A, pieces, sharding, group, initial_states, reverse)
     options |= {"D": D, "z": z, "initial_states": states, "return_final_states": return_final_states}
