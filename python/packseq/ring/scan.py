@@ -59,7 +59,10 @@ def ring_selective_scan(
     def summaries(some: Some) -> tuple[Tensor, Tensor]:
         rows = u[some.rows], delta[some.rows], A, *(x[some.rows] if x.dim() == 3 else x for x in (B, C))
         _, finals = selective_scan(*rows, some.cu_seqlens, return_final_states=True, **options)
-        return finals, some.sums(_step_sizes(rows[1], delta_bias, delta_softplus, A, some.cu_seqlens))
+        steps = rows[1]
+        if some.lengths is None:  # compiled: slack rows are among them
+            steps = steps.masked_fill(slack_rows(some.cu_seqlens, len(steps))[:, None], 0)
+        return finals, some.sums(_step_sizes(steps, delta_bias, delta_softplus, A))
 
     states = states_before(summaries, A, pieces, sharding, group, initial_states, reverse)
     options |= {"D": D, "z": z, "initial_states": states, "return_final_states": return_final_states}
@@ -108,9 +111,8 @@ def ring_causal_conv1d(
     return out[0], states_of_sequences(out[1], sharding, group, initial_states, reverse)
 
 
-def _step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool, A: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """As the scan has them, zeros in slack rows, in the states' real dtype."""
-    slack = slack_rows(cu_seqlens, delta.shape[0])[:, None]
-    steps = delta.masked_fill(slack, 0).to(A.real.dtype)
+def _step_sizes(delta: Tensor, bias: Tensor | None, softplus: bool, A: Tensor) -> Tensor:
+    """As the scan has them, in the states' real dtype."""
+    steps = delta.to(A.real.dtype)
     steps = steps if bias is None else steps + bias
     return F.softplus(steps) if softplus else steps
