@@ -25,7 +25,7 @@ def pieces_of(sharding: Sharding, group: Group, like: Tensor, reverse: bool) -> 
     return Pieces(*torch.ops.packseq.ring_pieces(like, sharding.key, name_of(group), reverse))
 
 
-class Some(NamedTuple):
+class PieceRun(NamedTuple):
     """A run of a rank's pieces."""
 
     rows: slice  # of the rank's
@@ -36,7 +36,7 @@ class Some(NamedTuple):
 
 # Of pieces: the states that they end with when they start from zeros, [pieces, channels, N], and sums of d over each,
 # [pieces, channels].
-Summaries = Callable[[Some], tuple[Tensor, Tensor]]
+Summaries = Callable[[PieceRun], tuple[Tensor, Tensor]]
 
 
 def states_before(
@@ -67,7 +67,7 @@ def _of_carrying_pieces(
     (Compiled, of all: which they are is not known then.)"""
     if torch.compiler.is_compiling():
         sums = partial(_sums, levels=[pieces.cu_seqlens.long()])
-        return summaries(Some(slice(None), pieces.cu_seqlens, None, sums))
+        return summaries(PieceRun(slice(None), pieces.cu_seqlens, None, sums))
     rank, device = resolve(group).rank(), pieces.cu_seqlens.device
     begin, end = _carrying(sharding, rank, reverse)
     bounds = sharding.local_cu_seqlens(rank)[begin : end + 1].long()
@@ -78,7 +78,7 @@ def _of_carrying_pieces(
 
     sums = partial(_sums, levels=sharding.cached(("levels", rank, reverse, device), levels))
     cu_seqlens = pieces.cu_seqlens[begin : end + 1] - first
-    found = summaries(Some(slice(first, last), cu_seqlens, bounds.diff().tolist(), sums))
+    found = summaries(PieceRun(slice(first, last), cu_seqlens, bounds.diff().tolist(), sums))
     after = len(pieces.cu_seqlens) - 1 - end
     return tuple(torch.cat([x.new_zeros(begin, *x.shape[1:]), x, x.new_zeros(after, *x.shape[1:])]) for x in found)
 

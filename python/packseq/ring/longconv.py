@@ -6,7 +6,7 @@ from torch import Tensor
 from .._boundaries import slack_rows
 from ..filters import vandermonde_conj, vandermonde_transpose
 from ..longconv import check_modes, long_conv, scan_modes, wide
-from .carry import Some, pieces_of, states_before, states_of_sequences
+from .carry import PieceRun, pieces_of, states_before, states_of_sequences
 from .groups import Group, resolve
 from .sharding import Sharding
 
@@ -50,12 +50,12 @@ def ring_long_conv(
     def gated() -> Tensor:
         return without_slack(u) if pre_gate is None else without_slack(pre_gate) * without_slack(u)
 
-    def summaries(some: Some) -> tuple[Tensor, Tensor]:
-        rows = gated()[some.rows]
-        steps = some.cu_seqlens.diff().to(rows.dtype)[:, None].expand(-1, u.shape[1])
-        if _few(some.lengths):
-            return _final_states(rows, some.lengths, modes, reverse), steps
-        return scan_modes(rows, modes, cu_seqlens=some.cu_seqlens, reverse=reverse)[1], steps
+    def summaries(run: PieceRun) -> tuple[Tensor, Tensor]:
+        rows = gated()[run.rows]
+        steps = run.cu_seqlens.diff().to(rows.dtype)[:, None].expand(-1, u.shape[1])
+        if _few(run.lengths):
+            return _final_states(rows, run.lengths, modes, reverse), steps
+        return scan_modes(rows, modes, cu_seqlens=run.cu_seqlens, reverse=reverse)[1], steps
 
     states = states_before(summaries, modes[0], pieces, sharding, group, initial_states, reverse)
     options = {"D": D, "pre_gate": pre_gate, "gate": gate, "reverse": reverse}

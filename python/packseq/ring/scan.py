@@ -7,7 +7,7 @@ from torch import Tensor
 from .._boundaries import slack_rows
 from .._registration import widened
 from ..scan import causal_conv1d, selective_scan
-from .carry import Some, pieces_of, states_before, states_of_sequences
+from .carry import PieceRun, pieces_of, states_before, states_of_sequences
 from .gather import halo
 from .groups import Group
 from .sharding import Sharding
@@ -56,13 +56,13 @@ def ring_selective_scan(
     pieces = pieces_of(sharding, group, u, reverse)
     options = {"delta_bias": delta_bias, "delta_softplus": delta_softplus, "reverse": reverse}
 
-    def summaries(some: Some) -> tuple[Tensor, Tensor]:
-        rows = u[some.rows], delta[some.rows], A, *(x[some.rows] if x.dim() == 3 else x for x in (B, C))
-        _, finals = selective_scan(*rows, some.cu_seqlens, return_final_states=True, **options)
+    def summaries(run: PieceRun) -> tuple[Tensor, Tensor]:
+        rows = u[run.rows], delta[run.rows], A, *(x[run.rows] if x.dim() == 3 else x for x in (B, C))
+        _, finals = selective_scan(*rows, run.cu_seqlens, return_final_states=True, **options)
         steps = rows[1]
-        if some.lengths is None:  # compiled: slack rows are among them
-            steps = steps.masked_fill(slack_rows(some.cu_seqlens, len(steps))[:, None], 0)
-        return finals, some.sums(_step_sizes(steps, delta_bias, delta_softplus, A))
+        if run.lengths is None:  # compiled: slack rows are among them
+            steps = steps.masked_fill(slack_rows(run.cu_seqlens, len(steps))[:, None], 0)
+        return finals, run.sums(_step_sizes(steps, delta_bias, delta_softplus, A))
 
     states = states_before(summaries, A, pieces, sharding, group, initial_states, reverse)
     options |= {"D": D, "z": z, "initial_states": states, "return_final_states": return_final_states}

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-_MOST_RUNS = 32  # a launch each or for all, where an index would be read beside every row
+_MOST_RUNS = 32  # of more each is short, and an index takes them all in one launch
 
 
 class SomeRows:
