@@ -210,9 +210,36 @@ def runs_of(group, rank: int, case, spread: dict) -> list[str]:
     return [event.name for event in trace.events() if event.name in ("packseq::selective_scan", "packseq::long_conv")]
 
 
-def test_long_convolution_of_many_short_sequences():
-    """More pieces than are taken one by one."""
-    check(LongConvCase("ring", (3, 1, 4) * 60, 4, torch.float32, 4, True, True, True), 2, {})
+@pytest.mark.parametrize("reverse", [False, True])
+def test_long_convolution_of_long_and_short_pieces(reverse):
+    """Long ones are taken one by one, a scan goes over the others; on ranks with both, or one kind."""
+    case = LongConvCase("ring", (3, 1, 1300, 4, 700, 2100), 4, torch.float32, 4, True, True, True, reverse)
+    check(case, 2, {})
+    check(case, 2, {"layout": "contiguous"})
+
+
+def long_conv_of_whole(group, rank: int, lengths: list[int], cut: bool) -> Tensor:
+    """Of the first sequence, whole on one rank, from a state and without: whatever else there is."""
+    spans = [(0, 1), *[(0, group.size() if cut else 1)] * (len(lengths) - 1)]
+    sharding = shard(boundaries(lengths, "cpu"), group.size(), spans=spans)
+    tensors, _, _ = long_conv_inputs(LongConvCase("ring", (900, 40), 4, torch.float32, 3), "cpu")
+    u = tensors["u"][: lengths[0]]
+    u = sharding.shard(torch.cat([u, torch.ones(sum(lengths) - len(u), 3)]), rank)
+    modes = tuple(tensors[name] for name in ("x", "B", "C"))
+    k = 2 * ((modes[2] * modes[1])[..., None] * (modes[0][..., None] * torch.arange(940)).exp()).real.sum(1)
+    states = torch.ones(len(lengths), *modes[0].shape, dtype=torch.complex64)
+    outs = [ring_long_conv(u, k, modes, sharding, group, initial_states=s) for s in (None, states)]
+    return torch.stack([out[: lengths[0]] for out in outs]) if rank == 0 else torch.empty(0)
+
+
+@pytest.mark.parametrize("length", [40, 900])
+def test_a_whole_sequence_is_convolved_alike_whatever_else_there_is(length):
+    alone, *others = (
+        ranks().run(long_conv_of_whole, 2, [length, *rest], cut)[0]
+        for rest, cut in (([], False), ([5] * 100, False), ([700], False), ([3, 1300], True))
+    )
+    for x in others:
+        assert_same_bits("out", x, alone)
 
 
 @pytest.mark.parametrize("lengths", [(), (1,), (64, 65), (4097, 3, 4096, 70), (300_000,)], ids=str)
@@ -240,7 +267,8 @@ def test_whole_sequences_are_computed_once(initial_states):
         if name == "selective_scan" or not initial_states:  # the long convolution has its own way with states
             assert_same_bits("out", on_ranks(case, 4, spread)["out"], on_one(case, "cpu")["out"])
         for names in ranks().run(runs_of, 4, case, spread):
-            assert names == [f"packseq::{name}"]
+            assert names.count(f"packseq::{name}") == 1
+            assert name == "long_conv" or len(names) == 1  # its states and what they add are scans of their own
 
 
 @pytest.mark.gpu

@@ -116,7 +116,7 @@ def _(*arguments):
 
 @torch.library.register_fake("packseq::attention_delta")
 def _(dout, out, dlse=None):
-    return out.new_empty(out.shape[:2], dtype=torch.float64 if out.dtype == torch.float64 else torch.float32)
+    return out.new_empty(out.shape[:2], dtype=_statistics_dtype(out))
 
 
 def _save(ctx, inputs, output):

@@ -53,50 +53,95 @@ def ring_long_conv(
     def summaries(run: PieceRun) -> tuple[Tensor, Tensor]:
         rows = gated()[run.rows]
         steps = run.cu_seqlens.diff().to(rows.dtype)[:, None].expand(-1, u.shape[1])
-        if _few(run.lengths):
-            return _final_states(rows, run.lengths, modes, reverse), steps
-        return scan_modes(rows, modes, cu_seqlens=run.cu_seqlens, reverse=reverse)[1], steps
+        return _final_states(rows, run.cu_seqlens, run.lengths, modes, reverse), steps
 
     states = states_before(summaries, modes[0], pieces, sharding, group, initial_states, reverse)
     options = {"D": D, "pre_gate": pre_gate, "gate": gate, "reverse": reverse}
-    lengths = None
-    if not torch.compiler.is_compiling():
-        lengths = sharding.lengths[sharding.of_rank[resolve(group).rank()]].tolist()
-    if not _few(lengths):
+    if torch.compiler.is_compiling():
         options |= {"modes": modes, "initial_states": states, "return_final_states": return_final_states}
         out = long_conv(u, k, pieces.cu_seqlens, **options)
         if not return_final_states:
             return out
         return out[0], states_of_sequences(out[1], sharding, group, initial_states, reverse)
+    rank = resolve(group).rank()
+    lengths = sharding.lengths[sharding.of_rank[rank]].tolist()
     out = long_conv(u, k, pieces.cu_seqlens, **options)
     if states is not None:
-        response = _responses(states, lengths, modes, reverse)
-        response = torch.cat([response, response.new_zeros(u.shape[0] - sum(lengths), u.shape[1])])
-        out = (wide(out) + (response if gate is None else without_slack(gate) * response)).to(out.dtype)
+        starts, rows_that_start = _starts(sharding, rank, u, initial_states, reverse)
+        response = _responses(states, starts.tolist(), u.shape[0], pieces.cu_seqlens, lengths, modes, reverse)
+        response = response if gate is None else without_slack(gate) * response
+        out = torch.where(rows_that_start, (wide(out) + response).to(out.dtype), out)
     if not return_final_states:
         return out
-    ends = _final_states(gated()[: sum(lengths)], lengths, modes, reverse)
+    ends = _final_states(gated()[: sum(lengths)], pieces.cu_seqlens, lengths, modes, reverse)
     if states is not None:
         ends = ends + (modes[0] * pieces.cu_seqlens.diff()[:, None, None]).exp() * states
     return out, states_of_sequences(ends, sharding, group, initial_states, reverse)
 
 
-_MOST_PIECES = 64  # that are taken one by one; of more each is short, and a scan goes over all of them at once
+# A piece of so many rows is taken by itself: every row's power of the modes is known. A scan goes over the shorter ones
+# together. Which, a piece's own length says, so that its results do not depend on what else there is.
+_LONG = 512
 
 
-def _few(lengths: list[int] | None) -> bool:
-    return lengths is not None and 1 <= len(lengths) <= _MOST_PIECES
-
-
-def _final_states(rows: Tensor, lengths: list[int], modes: tuple[Tensor, Tensor, Tensor], reverse: bool) -> Tensor:
-    """Of pieces that start from zeros, ``[pieces, channels, N]``: every row's power of the modes is known."""
+def _final_states(
+    rows: Tensor, cu_seqlens: Tensor, lengths: list[int] | None, modes: tuple[Tensor, Tensor, Tensor], reverse: bool
+) -> Tensor:
+    """Of pieces that start from zeros, ``[pieces, channels, N]``. Without lengths, which nobody knows where it is
+    compiled, a scan goes over all."""
     x, B, _ = modes
-    backwards = (part if reverse else part.flip(0) for part in rows.split(lengths))
-    return B * torch.stack([vandermonde_transpose(part.T, x) for part in backwards])
+    scanned = None
+    if not lengths or min(lengths) < _LONG:
+        scanned = scan_modes(rows, modes, cu_seqlens=cu_seqlens, reverse=reverse)[1]
+    if not lengths or max(lengths) < _LONG:
+        return scanned
+    finals = []
+    for i, part in enumerate(rows.split(lengths)):
+        backwards = part if reverse else part.flip(0)
+        finals.append(scanned[i] if lengths[i] < _LONG else B * vandermonde_transpose(backwards.T, x))
+    return torch.stack(finals)
 
 
-def _responses(states: Tensor, lengths: list[int], modes: tuple[Tensor, Tensor, Tensor], reverse: bool) -> Tensor:
-    """To what the pieces start from, ``[rows, channels]``."""
+def _starts(
+    sharding: Sharding, rank: int, like: Tensor, initial_states: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Which of the rank's pieces start from a state, on the host; which of the rows of ``like`` are theirs, ``[rows,
+    1]`` beside it."""
+    pieces = sharding.pieces[sharding.of_rank[rank]]
+    ends = sharding.cu_seqlens.diff()[pieces[:, 1]]
+    starts = pieces[:, 3] < ends if reverse else pieces[:, 2] > 0
+    starts = starts if initial_states is None else torch.ones_like(starts)
+
+    def rows() -> Tensor:
+        of_pieces = starts.repeat_interleave(pieces[:, 3] - pieces[:, 2])
+        slack = of_pieces.new_zeros(like.shape[0] - len(of_pieces))
+        return torch.cat([of_pieces, slack])[:, None].to(like.device)
+
+    key = "starts", rank, reverse, initial_states is None, like.shape[0], like.device
+    return starts, sharding.cached(key, rows)
+
+
+def _responses(
+    states: Tensor,
+    starts: list[bool],
+    total: int,
+    cu_seqlens: Tensor,
+    lengths: list[int],
+    modes: tuple[Tensor, Tensor, Tensor],
+    reverse: bool,
+) -> Tensor:
+    """To what the pieces start from, ``[total, channels]``; zeros for those that start from nothing."""
     x, _, C = modes
-    parts = (vandermonde_conj(v, x, n).T for v, n in zip(C * x.exp() * states, lengths, strict=True))
-    return torch.cat([part.flip(0) if reverse else part for part in parts])
+    zeros = states.real.new_zeros(1, states.shape[1]).expand(total, -1)
+    scanned = zeros
+    if any(starting and n < _LONG for starting, n in zip(starts, lengths, strict=True)):
+        scanned = scan_modes(zeros, modes, cu_seqlens=cu_seqlens, initial_states=states, reverse=reverse)[0]
+    if max(lengths, default=0) < _LONG:
+        return scanned
+    slack = total - sum(lengths)
+    responses = list(scanned.split([*lengths, slack]))
+    for i, (starting, n) in enumerate(zip(starts, lengths, strict=True)):
+        if starting and n >= _LONG:
+            response = vandermonde_conj(C * x.exp() * states[i], x, n).T
+            responses[i] = response.flip(0) if reverse else response
+    return torch.cat(responses)
