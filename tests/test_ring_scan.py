@@ -218,6 +218,34 @@ def test_long_convolution_of_long_and_short_pieces(reverse):
     check(case, 2, {"layout": "contiguous"})
 
 
+def gradients_of_outputs_alone(group, rank: int, lengths: list[int], spread: dict) -> Tensor:
+    tensors, gradients, _ = long_conv_inputs(LongConvCase("ring", lengths, 4, torch.float32, 3), "cpu")
+    sharding = shard(boundaries(lengths, "cpu"), group.size(), **spread)
+    u = sharding.shard(tensors["u"], rank).requires_grad_()
+    out = long_conv_of_outputs(u, tensors, sharding, group)
+    return torch.autograd.grad(out, u, sharding.shard(gradients["out"], rank))[0]
+
+
+def long_conv_of_outputs(u: Tensor, tensors: Tensors, *where) -> Tensor:
+    x, B, C = (tensors[name] for name in ("x", "B", "C"))
+    k = 2 * ((C * B)[..., None] * (x[..., None] * torch.arange(2000)).exp()).real.sum(1)
+    return packseq.long_conv(u, k, *where) if len(where) == 1 else ring_long_conv(u, k, (x, B, C), *where)
+
+
+@pytest.mark.parametrize("lengths", [(1800,), (900, 30), (3,)], ids=str)
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+def test_gradients_come_back_where_nobody_asks_for_states(lengths, layout):
+    """From ranks, too, whose pieces start from nothing, or that have none."""
+    tensors, gradients, _ = long_conv_inputs(LongConvCase("ring", lengths, 4, torch.float32, 3), "cpu")
+    u = tensors["u"].requires_grad_()
+    out = long_conv_of_outputs(u, tensors, boundaries(lengths, "cpu"))
+    (expected,) = torch.autograd.grad(out, u, gradients["out"])
+    spread = {"layout": layout}
+    parts = ranks().run(gradients_of_outputs_alone, 4, lengths, spread)
+    got = shard(boundaries(lengths, "cpu"), 4, **spread).unshard(parts)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
 def long_conv_of_whole(group, rank: int, lengths: list[int], cut: bool) -> Tensor:
     """Of the first sequence, whole on one rank, from a state and without: whatever else there is."""
     spans = [(0, 1), *[(0, group.size() if cut else 1)] * (len(lengths) - 1)]

@@ -67,10 +67,10 @@ def ring_long_conv(
     lengths = sharding.lengths[sharding.of_rank[rank]].tolist()
     out = long_conv(u, k, pieces.cu_seqlens, **options)
     if states is not None:
-        starts, rows_that_start = _starts(sharding, rank, u, initial_states, reverse)
-        response = _responses(states, starts.tolist(), u.shape[0], pieces.cu_seqlens, lengths, modes, reverse)
+        response = _responses(states, u.shape[0], pieces.cu_seqlens, lengths, modes, reverse)
         response = response if gate is None else without_slack(gate) * response
-        out = torch.where(rows_that_start, (wide(out) + response).to(out.dtype), out)
+        starts = _rows_that_start(sharding, rank, u, initial_states, reverse)
+        out = torch.where(starts, (wide(out) + response).to(out.dtype), out)
     if not return_final_states:
         return out
     ends = _final_states(gated()[: sum(lengths)], pieces.cu_seqlens, lengths, modes, reverse)
@@ -102,46 +102,41 @@ def _final_states(
     return torch.stack(finals)
 
 
-def _starts(
+def _rows_that_start(
     sharding: Sharding, rank: int, like: Tensor, initial_states: Tensor | None, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Which of the rank's pieces start from a state, on the host; which of the rows of ``like`` are theirs, ``[rows,
-    1]`` beside it."""
-    pieces = sharding.pieces[sharding.of_rank[rank]]
-    ends = sharding.cu_seqlens.diff()[pieces[:, 1]]
-    starts = pieces[:, 3] < ends if reverse else pieces[:, 2] > 0
-    starts = starts if initial_states is None else torch.ones_like(starts)
+) -> Tensor:
+    """Which of the rows of ``like`` are of pieces that start from a state, ``[rows, 1]``."""
 
-    def rows() -> Tensor:
+    def make() -> Tensor:
+        pieces = sharding.pieces[sharding.of_rank[rank]]
+        starts = pieces[:, 3] < sharding.cu_seqlens.diff()[pieces[:, 1]] if reverse else pieces[:, 2] > 0
+        starts = starts if initial_states is None else torch.ones_like(starts)
         of_pieces = starts.repeat_interleave(pieces[:, 3] - pieces[:, 2])
         slack = of_pieces.new_zeros(like.shape[0] - len(of_pieces))
         return torch.cat([of_pieces, slack])[:, None].to(like.device)
 
-    key = "starts", rank, reverse, initial_states is None, like.shape[0], like.device
-    return starts, sharding.cached(key, rows)
+    return sharding.cached(("starts", rank, reverse, initial_states is None, like.shape[0], like.device), make)
 
 
 def _responses(
     states: Tensor,
-    starts: list[bool],
     total: int,
     cu_seqlens: Tensor,
     lengths: list[int],
     modes: tuple[Tensor, Tensor, Tensor],
     reverse: bool,
 ) -> Tensor:
-    """To what the pieces start from, ``[total, channels]``; zeros for those that start from nothing."""
+    """To what the pieces start from, ``[total, channels]``. Of all, zeros too: every rank's gradient must come to where
+    the states are exchanged."""
     x, _, C = modes
-    zeros = states.real.new_zeros(1, states.shape[1]).expand(total, -1)
-    scanned = zeros
-    if any(starting and n < _LONG for starting, n in zip(starts, lengths, strict=True)):
-        scanned = scan_modes(zeros, modes, cu_seqlens=cu_seqlens, initial_states=states, reverse=reverse)[0]
-    if max(lengths, default=0) < _LONG:
+    scanned = states.real.new_zeros(1, states.shape[1]).expand(total, -1)
+    if not lengths or min(lengths) < _LONG:
+        scanned = scan_modes(scanned, modes, cu_seqlens=cu_seqlens, initial_states=states, reverse=reverse)[0]
+    if not lengths or max(lengths) < _LONG:
         return scanned
-    slack = total - sum(lengths)
-    responses = list(scanned.split([*lengths, slack]))
-    for i, (starting, n) in enumerate(zip(starts, lengths, strict=True)):
-        if starting and n >= _LONG:
+    responses = list(scanned.split([*lengths, total - sum(lengths)]))
+    for i, n in enumerate(lengths):
+        if n >= _LONG:
             response = vandermonde_conj(C * x.exp() * states[i], x, n).T
             responses[i] = response.flip(0) if reverse else response
     return torch.cat(responses)
